@@ -1,0 +1,37 @@
+"""Every unit test starts from the same seeds, on one thread, and without the reader's own settings."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seeds, and an environment without SVIT_* settings: a test that needs one sets it."""
+    for name in [name for name in os.environ if name.startswith("SVIT_") and name != "SVIT_BROWSER"]:
+        monkeypatch.delenv(name)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - third-party code draws from the global generator
+    torch.manual_seed(0)
+    yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Property tests: the same examples on every run, and no deadline on a machine that others share.
+    try:
+        from hypothesis import settings
+    except ImportError:  # the tests that need it say so themselves
+        return
+    settings.register_profile("svit", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("svit")
