@@ -1,0 +1,34 @@
+"""SelectiveViT's library: thresholded attention for timm Vision Transformers, and what is needed to test it.
+
+Names are imported on first use, so that ``python -m svit_utils doctor`` runs where timm or torchvision cannot be.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FixedThreshold",
+    "LearnableThreshold",
+    "RelativeThreshold",
+    "SparseAttention",
+    "TokenSparsityTracker",
+    "densify",
+    "sparsified",
+    "sparsify",
+    "thresholded_attention",
+    "thresholded_softmax",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("svit_utils.attention"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,51 @@
+"""Thresholded attention: the operator, its thresholds, the timm modules, the surgery that puts them in, the tracker."""
+
+from svit_utils.attention.functional import attention_record, backend_for, backends, thresholded_attention
+from svit_utils.attention.module import SparseAttention, SparseAttentionMixin, SparseAttentionRope, SparseEvaAttention
+from svit_utils.attention.reference import AttentionRecord, thresholded_softmax
+from svit_utils.attention.surgery import (
+    LayerReport,
+    SparsifyReport,
+    densify,
+    learnable_thresholds,
+    sparse_modules,
+    sparsified,
+    sparsify,
+)
+from svit_utils.attention.thresholds import (
+    EMPTY_ROWS,
+    FixedThreshold,
+    LearnableThreshold,
+    RelativeThreshold,
+    Threshold,
+    ThresholdLike,
+)
+from svit_utils.attention.tracker import TokenSparsityTracker, TrackerSummary
+
+__all__ = [
+    "EMPTY_ROWS",
+    "AttentionRecord",
+    "FixedThreshold",
+    "LayerReport",
+    "LearnableThreshold",
+    "RelativeThreshold",
+    "SparseAttention",
+    "SparseAttentionMixin",
+    "SparseAttentionRope",
+    "SparseEvaAttention",
+    "SparsifyReport",
+    "Threshold",
+    "ThresholdLike",
+    "TokenSparsityTracker",
+    "TrackerSummary",
+    "attention_record",
+    "backend_for",
+    "backends",
+    "densify",
+    "learnable_thresholds",
+    "sparse_modules",
+    "sparsified",
+    "sparsify",
+    "thresholded_attention",
+    "thresholded_softmax",
+]

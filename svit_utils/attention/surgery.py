@@ -1,0 +1,237 @@
+"""Put the cut into a timm model, and take it out again, without touching a weight.
+
+A converted module is the same object with another class: its parameters, buffers, hooks and place in the model
+stay what they were, so the state_dict keeps its keys and `densify` has nothing to copy back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from svit_utils.attention.functional import check_backend
+from svit_utils.attention.module import SPARSE_CLASSES, SparseAttentionMixin
+from svit_utils.attention.thresholds import LearnableThreshold, ThresholdLike, as_threshold, check_empty_rows
+
+Layer = int | str
+
+_SUPPORTED = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SPARSE_CLASSES)
+_ATTENTION_NAME = re.compile(r"att(entio)?n|parallelscaling|^xca$", re.IGNORECASE)
+_POOLING_NAME = re.compile(r"pool", re.IGNORECASE)
+_SPARSE_ATTRIBUTES = ("empty_rows", "backend", "observers", "_dense_class")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention module: its name, class, whether it was converted, and its threshold or why it was left."""
+
+    name: str
+    class_name: str
+    converted: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class SparsifyReport:
+    """What `sparsify` did, one `LayerReport` per attention module in the model's order."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def converted(self) -> tuple[str, ...]:
+        """Names of the modules now sparse."""
+        return tuple(layer.name for layer in self.layers if layer.converted)
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Names of the modules left dense, each with the reason."""
+        return {layer.name: layer.detail for layer in self.layers if not layer.converted}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.converted)} of {len(self.layers)} attention modules are sparse"]
+        for layer in self.layers:
+            lines.append(
+                f"  {'sparse' if layer.converted else 'dense '}  {layer.name} ({layer.class_name}): {layer.detail}"
+            )
+        return "\n".join(lines)
+
+
+def sparsify(
+    model: nn.Module,
+    threshold: ThresholdLike | Mapping[Layer, ThresholdLike] = 0.01,
+    *,
+    layers: Iterable[Layer] | None = None,
+    empty_rows: str = "dense",
+    backend: str = "auto",
+) -> SparsifyReport:
+    """Convert the model's self-attention to thresholded attention, in place.
+
+    Args:
+        model: a timm model using ``Attention``, ``AttentionRope`` or ``EvaAttention`` (ViT, DeiT, DINOv2, SigLIP,
+            EVA02, DINOv3, NaFlexViT, hybrids such as MobileViT). Modules that are already sparse get the new settings.
+        threshold: tau in [0, 1), a tensor [H], a threshold object, or a dict from layer to one of these; with a
+            dict and no ``layers``, the layers it names are converted.
+        layers: block indices (negative ones count from the end) or module names (``"blocks.3"`` or
+            ``"blocks.3.attn"``); all if None.
+        empty_rows: what a query gets when no key survives, see `thresholded_softmax`.
+        backend: see `thresholded_attention`.
+
+    Returns:
+        A report of every attention module: converted, or left dense and why.
+
+    Raises:
+        ValueError: no supported attention in the model, a subclass with a forward of its own, an unknown layer,
+            or a setting out of range. The model is then unchanged.
+    """
+    check_empty_rows(empty_rows)
+    check_backend(backend)
+    supported = _supported_modules(model)
+    names = list(supported)
+    if isinstance(threshold, Mapping):
+        per_layer = {_find_layer(layer, names): value for layer, value in threshold.items()}
+        chosen = set(per_layer) if layers is None else {_find_layer(layer, names) for layer in layers}
+        missing = chosen - set(per_layer)
+        if missing:
+            raise ValueError(f"the threshold dict gives no value for {', '.join(sorted(missing))}")
+        why_left = "not named in the threshold dict" if layers is None else "not among the chosen layers"
+    else:
+        shared = as_threshold(threshold)
+        chosen = set(names) if layers is None else {_find_layer(layer, names) for layer in layers}
+        per_layer = dict.fromkeys(chosen, shared)
+        why_left = "not among the chosen layers"
+    # Everything that can fail fails before the first module is changed.
+    for name in chosen:
+        as_threshold(per_layer[name]).for_heads(supported[name].num_heads)  # type: ignore[arg-type]
+
+    reports = []
+    for name, module in _attention_modules(model, supported):
+        if name in chosen:
+            _convert(module, per_layer[name], empty_rows, backend)
+            detail = repr(module.threshold)
+        elif isinstance(module, SparseAttentionMixin):  # sparse from an earlier call, not chosen now
+            reports.append(LayerReport(name, type(module).__name__, True, f"unchanged: {module.threshold!r}"))
+            continue
+        elif name in supported:
+            detail = why_left
+        elif _POOLING_NAME.search(type(module).__name__):
+            detail = "pooling attention, not self-attention between tokens"
+        else:
+            detail = f"not one of {_SUPPORTED}"
+        reports.append(LayerReport(name, type(module).__name__, name in chosen, detail))
+    return SparsifyReport(tuple(reports))
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Undo `sparsify` in place and return the model; weights are not touched, so outputs come back bit for bit."""
+    for module in sparse_modules(model).values():
+        _restore(module)
+    return model
+
+
+@contextmanager
+def sparsified(
+    model: nn.Module, threshold: ThresholdLike | Mapping[Layer, ThresholdLike] = 0.01, **as_sparsify: Any
+) -> Iterator[SparsifyReport]:
+    """`sparsify` for the length of a ``with`` block; afterwards every module is as it was before, sparse or dense.
+
+    Yields:
+        The report of `sparsify`.
+    """
+    before = {name: _settings(module) for name, module in sparse_modules(model).items()}
+    report = sparsify(model, threshold, **as_sparsify)
+    try:
+        yield report
+    finally:
+        for name, module in sparse_modules(model).items():
+            if name in before:
+                module.threshold, module.empty_rows, module.backend = before[name]
+            else:
+                _restore(module)
+
+
+def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionMixin]:
+    """The model's sparse attention modules by name, in order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseAttentionMixin)}
+
+
+def _settings(module: SparseAttentionMixin) -> tuple[Any, str, str]:
+    return module.threshold, module.empty_rows, module.backend
+
+
+def _convert(module: nn.Module, threshold: ThresholdLike, empty_rows: str, backend: str) -> None:
+    if not isinstance(module, SparseAttentionMixin):
+        dense_class = type(module)
+        module.__class__ = _sparse_class(dense_class)
+        module._dense_class = dense_class  # type: ignore[assignment]
+    module.set_sparsity(threshold, empty_rows, backend)  # type: ignore[operator]
+
+
+def _restore(module: SparseAttentionMixin) -> None:
+    dense_class = module.__dict__.get("_dense_class", type(module).dense_class)
+    del module.threshold
+    for name in _SPARSE_ATTRIBUTES:
+        module.__dict__.pop(name, None)
+    module.__class__ = dense_class
+
+
+def _sparse_class(cls: type[nn.Module]) -> type[SparseAttentionMixin] | None:
+    """The sparse twin of a timm attention class, or of a subclass that keeps timm's forward."""
+    for dense, sparse in SPARSE_CLASSES.items():
+        if issubclass(cls, dense):
+            return sparse if cls.forward is dense.forward else None
+    return None
+
+
+def _supported_modules(model: nn.Module) -> dict[str, nn.Module]:
+    supported = {}
+    unsupported = set()
+    for name, module in model.named_modules():
+        cls = type(module)
+        if isinstance(module, SparseAttentionMixin) or _sparse_class(cls) is not None:
+            supported[name] = module
+        elif isinstance(module, tuple(SPARSE_CLASSES)):
+            raise ValueError(
+                f"{name} is a {cls.__module__}.{cls.__name__}, a subclass of timm's attention with a forward of its "
+                f"own, which sparsify cannot convert; supported are {_SUPPORTED} and subclasses that keep their forward"
+            )
+        elif _is_attention(module):
+            unsupported.add(f"{cls.__module__}.{cls.__name__}")
+    if not supported:
+        found = f"its attention is {', '.join(sorted(unsupported))}" if unsupported else "it has no attention module"
+        raise ValueError(
+            f"{type(model).__name__} has no attention that sparsify can convert: {found}; supported are {_SUPPORTED}"
+        )
+    return supported
+
+
+def _attention_modules(model: nn.Module, supported: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Every attention module of the model, supported or not; containers of supported ones are skipped."""
+    for name, module in model.named_modules():
+        holds_supported = any(s.startswith(f"{name}.") for s in supported)
+        if name in supported or (_is_attention(module) and not holds_supported):
+            yield name, module
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Attention by its class name, and with weights, so that a helper without any is not taken for one."""
+    return bool(_ATTENTION_NAME.search(type(module).__name__)) and any(True for _ in module.parameters())
+
+
+def _find_layer(layer: Layer, names: list[str]) -> str:
+    if isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
+        return names[layer]
+    if isinstance(layer, str):
+        for name in names:
+            if name == layer or name.rpartition(".")[0] == layer:
+                return name
+    raise ValueError(f"unknown layer {layer!r}: allowed are 0 to {len(names) - 1} or one of {', '.join(names)}")
+
+
+def learnable_thresholds(model: nn.Module) -> dict[str, LearnableThreshold]:
+    """The model's learnable thresholds by module name; one shared by all layers appears once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LearnableThreshold)}

@@ -1,0 +1,223 @@
+"""What tau is: a number, a number relative to the count of keys, or a learned one.
+
+tau is kept in float32 whatever the model's dtype: in bf16 an update of a learned tau near 0.01 is rounded away.
+"""
+
+from __future__ import annotations
+
+import copy
+import torch
+from torch import Tensor, nn
+
+EMPTY_ROWS = ("zero", "dense", "top1", "cap")
+
+
+class Threshold(nn.Module):
+    """Base of the threshold objects: ``forward(keys)`` gives tau, times the warm-up factor.
+
+    `scale_` multiplies tau by a factor in [0, 1]; training raises it from 0 to 1 to introduce the cut gradually.
+    """
+
+    warmup: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("warmup", torch.ones(()), persistent=False)
+
+    def forward(self, keys: int | Tensor) -> Tensor:
+        """Tau, broadcastable to [B, H, N, 1], for queries that may attend to ``keys`` keys (int or tensor)."""
+        raise NotImplementedError
+
+    def for_heads(self, num_heads: int) -> Threshold:
+        """The object a layer of ``num_heads`` heads holds: a copy, unless it is shared between layers."""
+        del num_heads
+        return copy.deepcopy(self)
+
+    def scale_(self, fraction: float) -> Threshold:
+        """Multiply tau by ``fraction`` in [0, 1] from now on (1 is the full threshold)."""
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"the warm-up factor of tau must lie in [0, 1], got {fraction}")
+        self.warmup.fill_(fraction)
+        return self
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Follow the model to another device, but stay in float32 when the model is cast."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class FixedThreshold(Threshold):
+    """The card's threshold: one number, or one per head.
+
+    Args:
+        tau: float in [0, 1), or a sequence or tensor [H] of such.
+    """
+
+    value: Tensor
+
+    def __init__(self, tau: float | Tensor | list[float]) -> None:
+        super().__init__()
+        value = torch.as_tensor(tau, dtype=torch.float32).detach().clone()
+        if value.ndim > 1:
+            raise ValueError(f"tau must be a number or have shape [H], got shape {tuple(value.shape)}")
+        _check_range(value, tau)
+        self.register_buffer("value", value, persistent=False)
+
+    @property
+    def tau(self) -> float | Tensor:
+        """Tau now in force: a float, or a tensor [H]."""
+        tau = self.value * self.warmup
+        return tau if tau.ndim else float(f"{float(tau):.7g}")  # 0.01, not float32's 0.009999999776
+
+    def forward(self, keys: int | Tensor) -> Tensor:
+        tau = self.value * self.warmup
+        return tau[:, None, None] if tau.ndim else tau  # [H, 1, 1] or []
+
+    def for_heads(self, num_heads: int) -> Threshold:
+        if self.value.ndim and self.value.shape[0] != num_heads:
+            raise ValueError(f"tau has {self.value.shape[0]} entries, but the layer has {num_heads} heads")
+        return copy.deepcopy(self)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}"
+
+
+class RelativeThreshold(Threshold):
+    """Tau as a multiple of the uniform weight: tau = alpha / (number of keys the query may attend to).
+
+    tau = 0.01 at N = 197 keys is alpha = 1.97; with alpha fixed, the cut means the same at any image size.
+    A tau that comes out at 1 or more (alpha at least the number of keys) raises ValueError when it is used.
+
+    Args:
+        alpha: float >= 0.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        if not (alpha >= 0.0 and alpha < float("inf")):
+            raise ValueError(f"alpha must be a finite number >= 0, got {alpha}")
+        self.alpha = float(alpha)
+
+    def forward(self, keys: int | Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            fewest = _fewest_keys(keys, self.alpha)
+            if fewest is not None:
+                raise ValueError(
+                    f"RelativeThreshold(alpha={self.alpha}) gives tau = {self.alpha / fewest:.4g} for a query with "
+                    f"{fewest} keys; tau must stay below 1, so alpha must be smaller than the number of keys"
+                )
+        if isinstance(keys, Tensor):
+            keys = keys.clamp(min=1).to(torch.float32)  # a query without any key has nothing to cut
+        return self.warmup * self.alpha / keys
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+class LearnableThreshold(Threshold):
+    """A trained tau, stored as its logit so that it stays in (0, 1): tau = sigmoid(logit).
+
+    Adds float32 parameters under ``<attention>.threshold.logit``: the one exception to "the state_dict stays
+    that of the dense model". With at most one dimension they fall out of weight decay by timm's usual rule.
+
+    Args:
+        init: float in (0, 1), where tau starts.
+        per: ``"model"`` one object shared by all layers, ``"layer"`` one per layer, ``"head"`` one number per head.
+    """
+
+    def __init__(self, init: float = 0.01, per: str = "layer") -> None:
+        super().__init__()
+        if per not in ("model", "layer", "head"):
+            raise ValueError(f"per must be 'model', 'layer' or 'head', got {per!r}")
+        if not 0.0 < init < 1.0:
+            raise ValueError(f"init must lie in (0, 1), got {init}")
+        self.per = per
+        self.logit = nn.Parameter(torch.logit(torch.tensor(init, dtype=torch.float64)).float())
+
+    @property
+    def tau(self) -> Tensor:
+        """Tau now in force: [] or [H], with its graph."""
+        return torch.sigmoid(self.logit) * self.warmup
+
+    def forward(self, keys: int | Tensor) -> Tensor:
+        tau = self.tau
+        return tau[:, None, None] if tau.ndim else tau  # [H, 1, 1] or []
+
+    def for_heads(self, num_heads: int) -> Threshold:
+        if self.per == "model":
+            return self
+        own = copy.deepcopy(self)
+        if self.per == "head":
+            if own.logit.ndim and own.logit.shape[0] != num_heads:
+                raise ValueError(f"tau has {own.logit.shape[0]} entries, but the layer has {num_heads} heads")
+            own.logit = nn.Parameter(self.logit.detach().expand(num_heads).clone())
+        return own
+
+    def extra_repr(self) -> str:
+        return f"per={self.per!r}"
+
+
+ThresholdLike = float | Tensor | Threshold
+
+
+def check_empty_rows(mode: str) -> None:
+    """Raise ValueError unless ``mode`` is one of `EMPTY_ROWS`."""
+    if mode not in EMPTY_ROWS:
+        raise ValueError(f"empty_rows must be one of {', '.join(map(repr, EMPTY_ROWS))}, got {mode!r}")
+
+
+def as_threshold(threshold: ThresholdLike) -> Threshold:
+    """A threshold object from what users pass: itself, or `FixedThreshold` of a number or tensor [H]."""
+    return threshold if isinstance(threshold, Threshold) else FixedThreshold(threshold)
+
+
+def resolve_threshold(threshold: ThresholdLike, allowed: Tensor | None, scores: Tensor) -> Tensor | float:
+    """Tau for scores [..., N, M], broadcastable to [..., N, 1]; checks its range and shape.
+
+    The values of a tensor are not looked at while ``torch.compile`` or ``torch.export`` traces.
+    """
+    if isinstance(threshold, Threshold):
+        keys = scores.shape[-1] if allowed is None else allowed.sum(dim=-1, keepdim=True)
+        tau = threshold(keys)
+        _check_heads(tau, scores)
+        return tau
+    if isinstance(threshold, Tensor):
+        if threshold.ndim > 1:
+            raise ValueError(f"threshold must be a number or a tensor [H], got shape {tuple(threshold.shape)}")
+        if not torch.compiler.is_compiling():
+            _check_range(threshold, threshold)
+        tau = threshold[:, None, None] if threshold.ndim else threshold
+        _check_heads(tau, scores)
+        return tau.to(scores.dtype)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise ValueError(f"threshold must be a number, a tensor [H] or a threshold object, got {threshold!r}")
+    if not 0.0 <= threshold < 1.0:  # False for NaN too
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    return float(threshold)
+
+
+def _check_heads(tau: Tensor, scores: Tensor) -> None:
+    if tau.ndim < 3 or tau.shape[-3] == 1:
+        return
+    heads = scores.shape[-3] if scores.ndim >= 3 else None
+    if tau.shape[-3] != heads:
+        raise ValueError(
+            f"threshold has {tau.shape[-3]} entries, but the scores {tuple(scores.shape)} have {heads} heads"
+        )
+
+
+def _check_range(values: Tensor, given: object) -> None:
+    if not bool(((values >= 0) & (values < 1)).all()):
+        raise ValueError(f"threshold must lie in [0, 1), got {given}")
+
+
+def _fewest_keys(keys: int | Tensor, alpha: float) -> int | None:
+    """The smallest positive number of keys for which alpha / keys >= 1, or None when there is none."""
+    if isinstance(keys, Tensor):
+        too_few = keys[(keys > 0) & (keys <= alpha)]
+        return int(too_few.min()) if too_few.numel() else None
+    return keys if alpha >= keys else None

@@ -1,0 +1,282 @@
+"""How sparse the attention of a model is, layer by layer and head by head, in one streaming pass.
+
+The numbers come from the weights that are multiplied with V, while the model runs; no map is kept. Two sparsities
+are reported, because they differ where a row falls back: ``cut_sparsity``, the share of probabilities that do not
+exceed tau, and ``applied_sparsity``, the share of exact zeros among the weights that were used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from svit_utils.attention.module import SparseAttentionMixin
+from svit_utils.attention.reference import AttentionRecord
+from svit_utils.attention.surgery import sparse_modules
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    "kept_mean",
+    "kept_p10",
+    "kept_p50",
+    "kept_p90",
+    "cut_sparsity",
+    "applied_sparsity",
+    "empty_rate",
+    "kept_mass",
+    "effective_support",
+)
+
+
+@dataclass(frozen=True)
+class TrackerSummary:
+    """Means over layers and heads of the ``all`` rows of the table, and a warning where most rows are empty."""
+
+    layers: int
+    heads: int
+    rows: int
+    kept_mean: float
+    cut_sparsity: float
+    applied_sparsity: float
+    empty_rate: float
+    kept_mass: float
+    effective_support: float
+    warning: str | None
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.layers} layers, {self.heads} heads, {self.rows} attention rows: "
+            f"{self.kept_mean:.1f} keys kept per row, {self.cut_sparsity:.1%} cut, "
+            f"{self.applied_sparsity:.1%} applied, {self.empty_rate:.1%} of the rows empty, kept mass {self.kept_mass:.3f}, "
+            f"effective support {self.effective_support:.1f}"
+        )
+        return f"{text}\nWARNING: {self.warning}" if self.warning else text
+
+
+class TokenSparsityTracker:
+    """Collects the statistics of every sparse attention module of a model while it runs.
+
+        with TokenSparsityTracker(model) as tracker:
+            model(images)
+        tracker.table()
+
+    Statistics are taken over queries with at least one allowed key and over allowed keys only. The survivors of a row
+    are S = {j : p_j > tau}; a row is empty when S is. Under ``empty_rows="cap"`` tau is the row's own.
+
+    Args:
+        model: a model with sparse attention; to watch a dense one, `sparsify` it with threshold 0.
+
+    Raises:
+        ValueError: the model has no sparse attention.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = sparse_modules(model)
+        if not self._modules:
+            raise ValueError("the model has no sparse attention to track; call sparsify(model, threshold) first")
+        self._names = {id(module): name for name, module in self._modules.items()}
+        self._has_class_token = has_class_token(model)
+        self._totals: dict[tuple[str, str], _Totals] = {}
+
+    def __enter__(self) -> TokenSparsityTracker:
+        for module in self._modules.values():
+            module.observers.append(self._observe)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module in self._modules.values():
+            if self._observe in module.__dict__.get("observers", []):
+                module.observers.remove(self._observe)
+
+    def reset(self) -> None:
+        """Forget everything seen so far."""
+        self._totals.clear()
+
+    def table(self) -> pd.DataFrame:
+        """One row per layer, head and query set; the columns are `COLUMNS`.
+
+        ``queries`` is ``"all"`` or ``"class"`` (the class token's row alone; absent in models without one). The
+        percentiles are of the number of survivors per query, over all queries seen; each is a number that occurred.
+
+        Raises:
+            ValueError: nothing was recorded yet.
+        """
+        if not self._totals:
+            raise ValueError(
+                "nothing recorded yet: run the model inside `with TokenSparsityTracker(model) as tracker:`"
+            )
+        rows = [
+            {"layer": layer, "head": head, "queries": queries, **statistics}
+            for layer in self._names.values()
+            for queries in ("all", "class")
+            if (layer, queries) in self._totals
+            for head, statistics in enumerate(self._totals[layer, queries].per_head())
+        ]
+        return pd.DataFrame(rows, columns=["layer", "head", "queries", *COLUMNS])
+
+    def summary(self) -> TrackerSummary:
+        """The whole model in one line; warns when more than half of the rows are empty."""
+        table = self.table()
+        table = table[table["queries"] == "all"]
+        means = table[list(COLUMNS)].mean()
+        rows = sum(int(t.queries.sum()) for (_, queries), t in self._totals.items() if queries == "all")
+        empty = float(means["empty_rate"])
+        warning = None
+        if empty > 0.5:
+            warning = (
+                f"{empty:.0%} of the attention rows lose every key, so the empty_rows mode decides what the model "
+                "does. tau is too high for attention this flat; this is usual in a randomly initialised model"
+            )
+        names = ("kept_mean", "cut_sparsity", "applied_sparsity", "empty_rate", "kept_mass", "effective_support")
+        return TrackerSummary(
+            layers=table["layer"].nunique(),
+            heads=len(table),
+            rows=rows,
+            **{name: float(means[name]) for name in names},
+            warning=warning,
+        )
+
+    def heatmap(self, column: str = "cut_sparsity", queries: str = "all") -> Figure:
+        """A layers x heads picture of one column of `table`.
+
+        Raises:
+            ValueError: an unknown column or query set.
+        """
+        from matplotlib.figure import Figure
+
+        table = self.table()
+        if column not in COLUMNS or queries not in set(table["queries"]):
+            raise ValueError(
+                f"column must be one of {', '.join(COLUMNS)} and queries one of "
+                f"{', '.join(sorted(set(table['queries'])))}; got {column!r}, {queries!r}"
+            )
+        values = table[table["queries"] == queries].pivot(index="layer", columns="head", values=column)
+        values = values.loc[[name for name in self._names.values() if name in values.index]]
+        figure = Figure(figsize=(2.2 + 0.5 * values.shape[1], 1.2 + 0.35 * values.shape[0]), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(values.to_numpy(), cmap="cividis", aspect="auto")
+        axes.set_xticks(range(values.shape[1]))
+        axes.set_yticks(range(values.shape[0]), values.index)
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        figure.colorbar(image, label=f"{column} ({queries} queries)")
+        return figure
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write table and summary as JSON; an existing file is replaced whole or not at all."""
+        path = Path(path)
+        content = {"summary": asdict(self.summary()), "table": self.table().to_dict(orient="records")}
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    def _observe(self, module: SparseAttentionMixin, record: AttentionRecord) -> None:
+        name = self._names[id(module)]
+        with torch.no_grad():
+            for queries, rows in self._query_sets(record):
+                self._totals.setdefault((name, queries), _Totals(record.weights.shape[1])).add(rows)
+
+    def _query_sets(self, record: AttentionRecord) -> Iterator[tuple[str, AttentionRows]]:
+        rows = AttentionRows.of(record)
+        yield "all", rows
+        if self._has_class_token:
+            yield "class", rows.first()
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Per-query statistics [B, H, N]; ``valid`` marks queries with at least one allowed key."""
+
+    kept: Tensor  # survivors
+    keys: Tensor  # allowed keys
+    zeros: Tensor  # exact zeros among the applied weights of allowed keys
+    mass: Tensor  # sum of p over the survivors
+    support: Tensor  # 1 / sum(A^2), 0 for a zero row
+    valid: Tensor
+
+    @classmethod
+    def of(cls, record: AttentionRecord) -> AttentionRows:
+        """Reduce an `AttentionRecord` over its keys."""
+        survives = record.probs > record.tau  # [B, H, N, M]
+        zero = record.weights == 0
+        if record.allowed is None:
+            keys = torch.full(zero.shape[:-1], zero.shape[-1], device=zero.device)
+        else:
+            allowed = record.allowed.expand_as(zero)
+            survives, zero = survives & allowed, zero & allowed
+            keys = allowed.sum(dim=-1)
+        squares = record.weights.square().sum(dim=-1)
+        support = torch.where(squares > 0, 1 / squares, 0.0)
+        kept = survives.sum(dim=-1)
+        mass = (record.probs * survives).sum(dim=-1)
+        return cls(kept, keys, zero.sum(dim=-1), mass, support, keys > 0)
+
+    def first(self) -> AttentionRows:
+        """The first query alone, where the class token stands."""
+        return AttentionRows(*(getattr(self, f)[:, :, :1] for f in self.__dataclass_fields__))
+
+
+class _Totals:
+    """Running sums per head, and a histogram of survivors for the percentiles."""
+
+    def __init__(self, heads: int) -> None:
+        self.queries = torch.zeros(heads, dtype=torch.int64)
+        self.sums = {
+            name: torch.zeros(heads, dtype=torch.float64) for name in ("keys", "kept", "zeros", "mass", "support")
+        }
+        self.empty = torch.zeros(heads, dtype=torch.int64)
+        self.histogram = torch.zeros(heads, 1, dtype=torch.int64)  # [H, largest number of keys + 1]
+
+    def add(self, rows: AttentionRows) -> None:
+        valid = rows.valid
+        self.queries += valid.sum(dim=(0, 2)).cpu()
+        for name, total in self.sums.items():
+            # Summed on the device in its own precision, then added up in float64 (absent on some devices).
+            total += torch.where(valid, getattr(rows, name), 0).sum(dim=(0, 2)).cpu()
+        self.empty += (valid & (rows.kept == 0)).sum(dim=(0, 2)).cpu()
+        width = int(rows.keys.max()) + 1 if rows.keys.numel() else 1
+        if width > self.histogram.shape[1]:
+            self.histogram = nn.functional.pad(self.histogram, (0, width - self.histogram.shape[1]))
+        for head in range(len(self.queries)):
+            counts = torch.bincount(rows.kept[:, head][valid[:, head]].cpu(), minlength=self.histogram.shape[1])
+            self.histogram[head] += counts
+
+    def per_head(self) -> Iterator[dict[str, Any]]:
+        for head, queries in enumerate(self.queries.tolist()):
+            sums = {name: float(total[head]) for name, total in self.sums.items()}
+            queries, keys = max(queries, 1), max(sums["keys"], 1.0)
+            yield {
+                "kept_mean": sums["kept"] / queries,
+                "kept_p10": self._percentile(head, 0.10),
+                "kept_p50": self._percentile(head, 0.50),
+                "kept_p90": self._percentile(head, 0.90),
+                "cut_sparsity": 1 - sums["kept"] / keys,
+                "applied_sparsity": sums["zeros"] / keys,
+                "empty_rate": int(self.empty[head]) / queries,
+                "kept_mass": sums["mass"] / queries,
+                "effective_support": sums["support"] / queries,
+            }
+
+    def _percentile(self, head: int, share: float) -> int:
+        """The smallest count that at least ``share`` of the queries do not exceed."""
+        reached = self.histogram[head].cumsum(0) >= share * int(self.queries[head])
+        return int(reached.to(torch.uint8).argmax())
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first token of the model is a class token (timm's ``cls_token``, also inside ``embeds``)."""
+    return any(getattr(part, "cls_token", None) is not None for part in (model, getattr(model, "embeds", None)))
