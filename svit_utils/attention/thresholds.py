@@ -6,6 +6,7 @@ tau is kept in float32 whatever the model's dtype: in bf16 an update of a learne
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import Tensor, nn
 

@@ -58,8 +58,8 @@ class TrackerSummary:
         text = (
             f"{self.layers} layers, {self.heads} heads, {self.rows} attention rows: "
             f"{self.kept_mean:.1f} keys kept per row, {self.cut_sparsity:.1%} cut, "
-            f"{self.applied_sparsity:.1%} applied, {self.empty_rate:.1%} of the rows empty, kept mass {self.kept_mass:.3f}, "
-            f"effective support {self.effective_support:.1f}"
+            f"{self.applied_sparsity:.1%} applied, {self.empty_rate:.1%} of the rows empty, "
+            f"kept mass {self.kept_mass:.3f}, effective support {self.effective_support:.1f}"
         )
         return f"{text}\nWARNING: {self.warning}" if self.warning else text
 
