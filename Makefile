@@ -1,0 +1,107 @@
+# SelectiveViT: `make help` lists the targets. Needs Python 3.10 or newer, make and git; everything else is installed
+# into .venv, once, and again when the pins change.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.made
+JOBS   ?= 2
+REPO   ?=
+
+export UV_HTTP_TIMEOUT ?= 300
+export PYTHONNOUSERSITE := 1
+# uv's --torch-backend, for example `make walkthrough TORCH=cpu` on Linux without an NVIDIA GPU (a far smaller download)
+TORCH  ?=
+
+# One thread in each of JOBS workers is faster here than all threads in one, and gives the same numbers everywhere.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  settings: PYTHON=python3.12  JOBS=2  TORCH=cpu  REPO=owner/name (for links)  CHAPTER=01 (for stored, lab)"
+
+.PHONY: environment
+environment: $(STAMP) ## make .venv with the tested set of packages
+
+$(STAMP): requirements.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' here; name a Python 3.10 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making the environment in $(VENV) (once; a few minutes, mostly downloads)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
+	  echo "make: '$(PYTHON) -m venv' failed; on Debian or Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(PY) -m uv pip install --python $(PY) $(if $(TORCH),--torch-backend=$(TORCH)) -r requirements.txt
+	$(PY) -m uv pip install --python $(PY) --no-deps -e .
+	$(PY) -m svit_utils doctor
+	@touch $@
+
+.PHONY: walkthrough
+walkthrough: $(STAMP) ## run the chapters, write them to build/walkthrough/ as HTML, end with a table
+	$(PY) tools/walkthrough.py
+
+.PHONY: lab
+lab: $(STAMP) ## open JupyterLab on chapter 1 (or CHAPTER=03)
+	$(PY) -m jupyter lab "$$(ls notebooks/$(or $(CHAPTER),01)*.ipynb | head -1)"
+
+.PHONY: doctor
+doctor: $(STAMP) ## versions, device, data and weights found
+	$(PY) -m svit_utils doctor
+
+.PHONY: test
+test: test-unit test-notebooks test-mutants ## everything but the browser: unit tests, every chapter's outputs, two chapters' mutants
+
+.PHONY: test-unit
+test-unit: $(STAMP) ## unit, property and parity tests
+	$(ONE_THREAD) $(PY) -m pytest -q tests -n $(JOBS) --dist loadfile
+
+.PHONY: test-notebooks
+test-notebooks: $(STAMP) ## run every chapter and compare its stored outputs
+	$(ONE_THREAD) $(PY) -m pytest -q --nbval notebooks -n $(JOBS) --dist loadfile
+
+.PHONY: test-mutants
+test-mutants: $(STAMP) ## the two quickest chapters must notice a broken operator
+	$(PY) tools/mutants.py --quick --jobs $(JOBS)
+
+.PHONY: mutants
+mutants: $(STAMP) ## every chapter must notice a broken operator
+	$(PY) tools/mutants.py --jobs $(JOBS)
+
+.PHONY: test-browser
+test-browser: $(STAMP) ## JupyterLab in headless Chromium (needs Chromium, or CHROMIUM=/path/to/it)
+	$(PY) -m pytest -q tests/browser -m browser
+
+.PHONY: stored
+stored: $(STAMP) ## run the chapters (or CHAPTER=03) and store their outputs in the notebooks
+	$(PY) tools/walkthrough.py --store $(CHAPTER)
+
+.PHONY: links
+links: $(STAMP) ## stamp the Colab and Binder links (REPO=owner/name where pyproject and git do not say)
+	$(PY) tools/links.py $(if $(REPO),--repository $(REPO))
+
+.PHONY: checkpoints
+checkpoints: $(STAMP) ## train the shipped checkpoints anew (hours on a CPU)
+	$(PY) tools/make_checkpoints.py
+
+.PHONY: check-results
+check-results: $(STAMP) ## rerun one row of each results file at small size and compare
+	$(PY) tools/check_results.py
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, mypy and the notebook lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check svit_utils tests tools conftest.py
+	$(PY) -m mypy
+	$(PY) tools/lint_notebooks.py notebooks/*.ipynb
+
+.PHONY: pins
+pins: $(STAMP) ## resolve requirements.txt anew from pyproject.toml
+	$(PY) tools/pins.py
+
+.PHONY: clean
+clean: ## remove build/, caches and .venv (data and results stay)
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
