@@ -65,7 +65,8 @@ class SparseAttentionMixin(nn.Module):
         return record.out
 
     def _sparse_forward(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        gate = self.gate(x).sigmoid() if self.gate is not None else None  # [B, N, H * D]
+        gate = getattr(self, "gate", None)  # absent from older timm
+        gate = gate(x).sigmoid() if gate is not None else None  # [B, N, H * D]
         q, k, v = self._project(x)  # [B, H, N, D] each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -82,10 +83,11 @@ class SparseAttentionMixin(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, C] to q, k, v of [B, H, N, D], from one fused or three separate projections."""
         if self.qkv is None:
+            head_dim = cast(nn.Linear, self.q_proj).out_features // cast(int, self.num_heads)
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+            q, k, v = (p(x).unflatten(-1, (-1, head_dim)).transpose(1, 2) for p in projections)
             return q, k, v
-        qkv = self._fused_qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, D]
+        qkv = self._fused_qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 

@@ -36,8 +36,9 @@ def thresholded_softmax(scores: Tensor, threshold: ThresholdLike = 0.01, *, empt
     """
     check_empty_rows(empty_rows)
     allowed = scores != -torch.inf
-    probs = _masked_softmax(scores.to(_statistics_dtype(scores)), masked=True)
-    tau = resolve_threshold(threshold, allowed, scores)
+    wide = scores.to(_statistics_dtype(scores))
+    probs = _masked_softmax(wide, masked=True)
+    tau = resolve_threshold(threshold, allowed, wide)  # a tensor tau takes the dtype of the statistics, not bf16
     return _weights_from_probs(probs, tau, empty_rows).to(scores.dtype)
 
 
@@ -130,6 +131,8 @@ def _apply_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tu
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is None:
         return scores, None
+    # Keys are counted over the last dimension of the mask, so a mask broadcast along it is written out.
+    attn_mask = attn_mask.expand(*attn_mask.shape[:-1], scores.shape[-1])
     if attn_mask.dtype == torch.bool:
         return scores.masked_fill(~attn_mask, -torch.inf), attn_mask
     # Padding is also written as the lowest finite number, as in timm's NaFlexViT: added like any other number, but

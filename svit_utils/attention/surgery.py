@@ -90,6 +90,8 @@ def sparsify(
     """
     check_empty_rows(empty_rows)
     check_backend(backend)
+    if isinstance(layers, (str, int)):
+        raise ValueError(f"layers must be a list of block indices or module names, got {layers!r}; write [{layers!r}]")
     supported = _supported_modules(model)
     names = list(supported)
     if isinstance(threshold, Mapping):
@@ -142,16 +144,18 @@ def sparsified(
     Yields:
         The report of `sparsify`.
     """
-    before = {name: _settings(module) for name, module in sparse_modules(model).items()}
+    before = {module: _settings(module) for module in sparse_modules(model).values()}
     report = sparsify(model, threshold, **as_sparsify)
     try:
         yield report
     finally:
-        for name, module in sparse_modules(model).items():
-            if name in before:
-                module.threshold, module.empty_rows, module.backend = before[name]
-            else:
+        for module in sparse_modules(model).values():
+            if module not in before:
                 _restore(module)
+        for module, (old_threshold, empty_rows, backend) in before.items():
+            if not isinstance(module, SparseAttentionMixin):  # made dense inside the block
+                _convert(module, old_threshold, empty_rows, backend)
+            module.threshold, module.empty_rows, module.backend = old_threshold, empty_rows, backend
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionMixin]:

@@ -62,7 +62,10 @@ class FixedThreshold(Threshold):
 
     def __init__(self, tau: float | Tensor | list[float]) -> None:
         super().__init__()
-        value = torch.as_tensor(tau, dtype=torch.float32).detach().clone()
+        try:
+            value = torch.as_tensor(tau, dtype=torch.float32).detach().clone()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"tau must be a number or have shape [H], got {tau!r}") from None
         if value.ndim > 1:
             raise ValueError(f"tau must be a number or have shape [H], got shape {tuple(value.shape)}")
         _check_range(value, tau)

@@ -261,9 +261,9 @@ class _Totals:
             queries, keys = max(queries, 1), max(sums["keys"], 1.0)
             yield {
                 "kept_mean": sums["kept"] / queries,
-                "kept_p10": self._percentile(head, 0.10),
-                "kept_p50": self._percentile(head, 0.50),
-                "kept_p90": self._percentile(head, 0.90),
+                "kept_p10": self._percentile(head, 10),
+                "kept_p50": self._percentile(head, 50),
+                "kept_p90": self._percentile(head, 90),
                 "cut_sparsity": 1 - sums["kept"] / keys,
                 "applied_sparsity": sums["zeros"] / keys,
                 "empty_rate": int(self.empty[head]) / queries,
@@ -271,9 +271,10 @@ class _Totals:
                 "effective_support": sums["support"] / queries,
             }
 
-    def _percentile(self, head: int, share: float) -> int:
-        """The smallest count that at least ``share`` of the queries do not exceed."""
-        reached = self.histogram[head].cumsum(0) >= share * int(self.queries[head])
+    def _percentile(self, head: int, percent: int) -> int:
+        """The smallest count that at least ``percent`` in a hundred of the queries do not exceed."""
+        # In integers: compared with a float, int64 counts would be rounded to float32.
+        reached = 100 * self.histogram[head].cumsum(0) >= percent * int(self.queries[head])
         return int(reached.to(torch.uint8).argmax())
 
 
