@@ -1,0 +1,103 @@
+"""Where the patch tokens of a model lie: how many prefix tokens come first and on which grid the rest stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["TokenGrid", "readout_rows", "token_grid", "tokens_to_grid"]
+
+_SUPPORTED = (
+    "supported are timm models whose tokens are `num_prefix_tokens` prefix tokens followed by one row-major grid of "
+    "patches "
+    "(ViT, DeiT, distilled DeiT, DINOv2 and DINOv3, SigLIP, EVA02)"
+)
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """`num_prefix` tokens (class, distillation, registers), then `height * width` patch tokens, row by row."""
+
+    num_prefix: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the patch grid."""
+        return self.height, self.width
+
+    @property
+    def num_patches(self) -> int:
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """Prefix and patch tokens together: the N of the attention matrix."""
+        return self.num_prefix + self.num_patches
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The eager module behind `torch.compile`; any other model as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def token_grid(model: nn.Module, x: Tensor) -> TokenGrid:
+    """The token grid of `model` for the images `x` [B, 3, H, W].
+
+    The prefix count is the model's own `num_prefix_tokens` (1 for ViT, 2 for distilled DeiT, 5 for DINOv2 with
+    registers, 0 for SigLIP), the grid its patch embedding's answer for this image size, so that non-square and dynamic
+    sizes come out right.
+
+    Raises:
+        ValueError: no single grid of tokens exists (NaFlexViT with variable sequences, hybrids such as MobileViT,
+            hierarchical models).
+    """
+    model = unwrap(model)
+    if x.ndim != 4:
+        raise ValueError(f"images must be [B, C, H, W], got shape {tuple(x.shape)}")
+    name = type(model).__name__
+    patch_embed = getattr(model, "patch_embed", None)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if patch_embed is None or not isinstance(prefix, int):
+        missing = "patch_embed" if patch_embed is None else "num_prefix_tokens"
+        raise ValueError(f"no token grid can be established for {name}: it has no `{missing}`; {_SUPPORTED}")
+    image = (int(x.shape[-2]), int(x.shape[-1]))
+    if hasattr(patch_embed, "dynamic_feat_size"):
+        height, width = patch_embed.dynamic_feat_size(image)
+    elif getattr(patch_embed, "grid_size", None) is not None:
+        height, width = patch_embed.grid_size
+    else:
+        raise ValueError(
+            f"no token grid can be established for {name}: its {type(patch_embed).__name__} tells no grid; {_SUPPORTED}"
+        )
+    return TokenGrid(prefix, int(height), int(width))
+
+
+def tokens_to_grid(tokens: Tensor, grid: TokenGrid) -> Tensor:
+    """[B, N, C] tokens -> [B, C, h, w], prefix tokens left out.
+
+    Raises:
+        ValueError: `tokens` is not [B, N, C] with the grid's N.
+    """
+    if tokens.ndim != 3 or tokens.shape[1] != grid.num_tokens:
+        raise ValueError(
+            f"expected tokens [B, {grid.num_tokens}, C] ({grid.num_prefix} prefix + {grid.height} x {grid.width} "
+            f"patches), got shape {tuple(tokens.shape)}; {_SUPPORTED}"
+        )
+    patches = tokens[:, grid.num_prefix :]  # [B, h*w, C]
+    return patches.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid.height, grid.width)  # [B, C, h, w]
+
+
+def readout_rows(model: nn.Module, grid: TokenGrid) -> Tensor:
+    """Indices of the tokens the classifier reads: the query rows an explanation by attention starts from.
+
+    Class-token heads: token 0, and for a distilled DeiT token 1 as well, whose head it averages with. Mean-pooled and
+    attention-pooled heads: every patch token, all counted alike.
+    """
+    model = unwrap(model)
+    if getattr(model, "global_pool", None) == "token" and grid.num_prefix > 0:
+        return torch.arange(2 if getattr(model, "dist_token", None) is not None else 1)
+    return torch.arange(grid.num_prefix, grid.num_tokens)
