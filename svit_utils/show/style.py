@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -62,14 +63,14 @@ _RC: dict[str, Any] = {
     "axes.titlesize": 11,
     "legend.frameon": False,
     "image.cmap": CMAP,
-    "axes.prop_cycle": matplotlib.cycler(color=[c for name, c in COLOURS.items() if name != "yellow"]),
+    "axes.prop_cycle": cycler(color=[c for name, c in COLOURS.items() if name != "yellow"]),
 }
 
 
 @contextmanager
 def styled() -> Iterator[None]:
     """matplotlib's settings for the body, and as they were afterwards."""
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
         yield
 
 
