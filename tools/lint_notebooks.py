@@ -1,0 +1,71 @@
+"""Lint of notebooks, for pre-commit and ``make lint``: valid, with ids, run in order, no local paths in outputs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+import nbtools
+
+# A home folder or a temporary one in an output says on whose machine it ran, and differs on the next.
+LOCAL_PATH = re.compile(r"(?:/home/|/root/|/Users/|/tmp/|/var/folders/|/private/|[A-Z]:\\\\?Users\\)[\w.~-]*")
+
+
+def problems(path: Path) -> Iterator[str]:
+    """What is wrong with the notebook, a line each."""
+    try:
+        notebook = nbtools.read(path)
+        nbformat.validate(notebook)
+    except Exception as error:
+        yield f"not a valid notebook: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return
+    if (notebook.nbformat, notebook.nbformat_minor) < (4, 5):
+        yield f"format {notebook.nbformat}.{notebook.nbformat_minor} has no cell ids: save it as 4.5"
+    if "widgets" in notebook.metadata:
+        yield "carries widget state: store it with `make stored`"
+    ids = [cell.get("id") for cell in notebook.cells]
+    if len(set(ids)) != len(ids):
+        yield "two cells have the same id"
+    code = nbtools.code_cells(notebook)
+    counts = [cell.execution_count for cell in code]
+    if counts != list(range(1, len(code) + 1)):
+        yield f"execution counts are {counts}, not 1 to {len(code)} in order: run it with `make stored`"
+    root = str(nbtools.ROOT)
+    for number, cell in enumerate(code, start=1):
+        if not cell.source.strip():
+            yield f"code cell {number} is empty"
+        for text in output_texts(cell):
+            if found := LOCAL_PATH.search(text):
+                yield f"code cell {number} shows a local path: {found.group()}"
+            elif root in text:
+                yield f"code cell {number} shows where the repository lies: {root}"
+
+
+def output_texts(cell: Any) -> Iterator[str]:
+    for output in cell.get("outputs", []):
+        yield output.get("text", "")
+        yield "\n".join(output.get("traceback", []))
+        for kind, value in output.get("data", {}).items():
+            if kind.startswith("text/") or kind == "application/json":
+                yield value if isinstance(value, str) else str(value)
+
+
+def main(arguments: list[str]) -> int:
+    found = 0
+    for name in arguments:
+        path = Path(name)
+        if not path.is_file():  # an unexpanded pattern, when there is no notebook yet
+            continue
+        for problem in problems(path):
+            print(f"{name}: {problem}")
+            found += 1
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
