@@ -7,10 +7,13 @@ what a slider would show.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -160,8 +163,10 @@ def token_name(token: int, grid: TokenGrid) -> str:
     return f"patch row {row}, column {column}"
 
 
+@lru_cache(maxsize=4)
 def _font(size: int) -> Any:
-    return ImageFont.load_default(size=size)
+    """matplotlib's own DejaVu Sans: PIL's built-in font has no Greek."""
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
 def _size(grid: TokenGrid) -> tuple[int, int]:
@@ -188,11 +193,11 @@ def _mark(panel: Image.Image, grid: TokenGrid, token: int) -> None:
 
 
 def _panel_weights(weights: np.ndarray, grid: TokenGrid, token: int, top: float) -> Image.Image:
-    """Weights of the patches in colour from 0 to `top`; exact zeros are grey with a stroke, so that they do not pass
-    for small."""
+    """Weights of the patches in colour from 0 to `top`, on a square-root scale that leaves small ones visible; exact
+    zeros are grey with a stroke, so that they do not pass for small."""
     patches = weights[grid.num_prefix :].reshape(grid.size)
     cell = _size(grid)[0] // grid.width
-    coloured = colour_map(np.clip(patches / max(top, 1e-12), 0, 1)).repeat(cell, 0).repeat(cell, 1)
+    coloured = colour_map(np.sqrt(np.clip(patches / max(top, 1e-12), 0, 1))).repeat(cell, 0).repeat(cell, 1)
     tile = np.full((cell, cell, 3), 236, dtype=np.uint8)
     tile[np.arange(cell), np.arange(cell)[::-1]] = 190
     zeros = (patches == 0).repeat(cell, 0).repeat(cell, 1)[..., None]
@@ -233,9 +238,10 @@ def _panel_row(p: np.ndarray, tau: float, size: tuple[int, int]) -> Image.Image:
         draw.line((left, y(decade), width, y(decade)), fill=(225, 225, 225))
         draw.text((2, y(decade) - 7), f"{decade:g}", fill=_INK, font=_font(10))
     order = np.sort(p)[::-1]
-    xs = left + 2 + np.arange(len(order)) * (width - left - 4) / len(order)
-    for x, value in zip(xs, order, strict=True):
-        draw.line((x, y(float(value)), x, height - 16), fill=(0, 114, 178) if value > tau else (190, 190, 190))
+    edges = np.linspace(left + 1, width, len(order) + 1).astype(int)  # whole pixels, or gaps would look like data
+    for x, end, value in zip(edges[:-1], edges[1:], order, strict=True):
+        colour = (0, 114, 178) if value > tau else (190, 190, 190)
+        draw.rectangle((x, y(float(value)), max(end - 1, x), height - 16), fill=colour)
     if tau > 0:
         draw.line((left, y(tau), width, y(tau)), fill=_ACCENT, width=2)
     draw.text((left, height - 14), "keys, by falling p (log scale)", fill=_INK, font=_font(10))

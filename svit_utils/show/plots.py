@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from svit_utils.show.style import CMAP, COLOURS, overlay, styled, to_rgb, with_alt
@@ -112,7 +113,8 @@ def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "",
 
     Args:
         image: [3, H, W] in [0, 1].
-        dense, sparse: [heads, h, w] weights of the same query; both rows of a head share one colour scale.
+        dense, sparse: [heads, h, w] weights of the same query; both rows of a head share one
+            square-root colour scale.
     """
     dense, sparse = (np.asarray(m.detach().cpu() if hasattr(m, "detach") else m, dtype=float) for m in (dense, sparse))
     if dense.shape != sparse.shape or dense.ndim != 3:
@@ -129,7 +131,7 @@ def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "",
             for h in range(heads):
                 axis = axes[r, h + 1]
                 top = max(dense[h].max(), sparse[h].max(), 1e-12)
-                axis.imshow(values[h], vmin=0, vmax=top, cmap=CMAP, interpolation="nearest")
+                axis.imshow(values[h], norm=PowerNorm(0.5, vmin=0, vmax=top), cmap=CMAP, interpolation="nearest")
                 axis.set_xlabel(f"{(values[h] == 0).mean():.0%} zero")
                 if r == 0:
                     axis.set_title(f"head {h}")
@@ -138,6 +140,7 @@ def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "",
             axis.set_xticks([])
             axis.set_yticks([])
             axis.grid(False)
+        figure.supxlabel("one square-root colour scale per head; crosses: exactly 0", fontsize=9)
         if title:
             figure.suptitle(title)
     return with_alt(
@@ -230,8 +233,8 @@ def accuracy_vs_sparsity(rows: pd.DataFrame, *, dense: float | None = None, alt:
             if {"low", "high"} <= set(group.columns):
                 error = 100 * np.abs(np.stack([group["accuracy"] - group["low"], group["high"] - group["accuracy"]]))
             axis.errorbar(
-                100 * group["sparsity"],
-                100 * group["accuracy"],
+                100 * group["sparsity"].to_numpy(),
+                100 * group["accuracy"].to_numpy(),
                 yerr=error,
                 marker=_MARKERS[index % len(_MARKERS)],
                 linestyle=_STYLES[index % len(_STYLES)],
@@ -331,16 +334,19 @@ def row_threshold(probabilities: Any, tau: float, *, title: str = "", alt: str |
             rank[kept],
             p[kept],
             color=COLOURS["blue"],
-            width=0.9,
+            width=1.0,
             label=f"kept: {kept.sum()} keys, mass {p[kept].sum():.2f}",
         )
-        left.bar(rank[~kept], p[~kept], color="#B5B5B5", width=0.9, label=f"cut: {(~kept).sum()} keys")
+        left.bar(rank[~kept], p[~kept], color="#B5B5B5", width=1.0, label=f"cut: {(~kept).sum()} keys")
         left.axhline(tau, color=COLOURS["vermilion"], linewidth=1.4, label=f"$\\tau$ = {tau:g}")
         left.axhline(1 / len(p), color="#444444", linewidth=1, linestyle="--", label=f"1/N = {1 / len(p):.4f}")
+        left.set_ylim(0, max(1.25 * p[0], (1.25 if kept.any() else 1.9) * tau))  # room for the legend
+        if not kept.any():
+            right.set_ylim(0, 1)
         left.set_title("softmax row p")
         left.set_ylabel("weight")
         left.legend(fontsize=8)
-        right.bar(rank, weights, color=COLOURS["blue"], width=0.9)
+        right.bar(rank, weights, color=COLOURS["blue"], width=1.0)
         right.set_title("after the cut: ReLU(p - τ) / sum" if kept.any() else "no key survives: 0/0")
         for axis in (left, right):
             axis.set_xlabel("key, by falling probability")

@@ -1,0 +1,59 @@
+"""`python -m svit_utils explain` from the shell's side."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from PIL import Image
+
+from svit_utils.cli import explain as command
+from svit_utils.explain import load_maps
+
+pytest.importorskip("svit_utils.models")
+
+
+def invoke(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    torch.manual_seed(0)
+    return command.run(parser.parse_args(arguments))
+
+
+def test_planted_shapes_to_files(tmp_path, capsys):
+    out = tmp_path / "maps.npz"
+    assert invoke("--threshold", "0.002", "--empty-rows", "cap", "--indices", "4", "7", "--out", str(out)) == 0
+    maps, note = load_maps(out)
+    assert {name: tuple(value.shape) for name, value in maps.items()} == dict.fromkeys(
+        ("attention", "rollout", "grad_cam", "layer_grad_cam"), (2, 14, 14)
+    )
+    assert note["threshold"] == 0.002 and note["empty_rows"] == "cap" and note["images"]["indices"] == [4, 7]
+    assert note["targets"] == note["predicted"]
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 8
+    assert (tmp_path / "maps_overview.png").stat().st_size > 10_000
+    assert "4 maps of 2 images" in capsys.readouterr().out
+
+
+def test_picture_files(tmp_path):
+    picture = tmp_path / "cat.png"
+    Image.new("RGB", (90, 70), (200, 30, 30)).save(picture)
+    out = tmp_path / "m.safetensors"
+    assert invoke("--images", str(picture), "--methods", "rollout", "--out", str(out), "--no-overlays") == 0
+    assert tuple(load_maps(out)[0]["rollout"].shape) == (1, 14, 14)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "maps.pkl"], "--out must end in .safetensors or .npz, got 'maps.pkl'"),
+        (["--images", "absent.png"], "no such picture: absent.png"),
+        (["--threshold", "1.5"], "1.5"),
+        (["--images", __file__, "--normalise", "mine"], "normalise must be one of"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(arguments, message, capsys):
+    assert invoke(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
