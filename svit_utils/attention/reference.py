@@ -9,6 +9,7 @@ without the renormalisation, and ReLA (Zhang et al. 2021, arXiv 2104.07012).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,11 @@ def _masked_softmax(scores: Tensor, masked: bool) -> Tensor:
     return scores.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
 
 
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    # The meta device, on which shapes are worked out without data, has no autocast to switch off.
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     """Half precision is cut in float32: a bf16 softmax is coarse enough to move entries across tau."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
@@ -113,7 +119,7 @@ def reference_record(
 ) -> AttentionRecord:
     """Thresholded attention with every intermediate kept. Shapes as in `thresholded_attention`."""
     # Autocast would put the product and the softmax in half precision, where the cut is not safe.
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         dtype = _statistics_dtype(q)
         scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)  # [B, H, N, M]
         scores, allowed = _apply_mask(scores, attn_mask, is_causal)

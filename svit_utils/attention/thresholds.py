@@ -6,6 +6,7 @@ tau is kept in float32 whatever the model's dtype: in bf16 an update of a learne
 from __future__ import annotations
 
 import copy
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ class FixedThreshold(Threshold):
         return copy.deepcopy(self)
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau}"
+        return "tau=... (meta)" if self.value.is_meta else f"tau={self.tau}"
 
 
 class RelativeThreshold(Threshold):
@@ -165,7 +166,7 @@ class LearnableThreshold(Threshold):
         return f"per={self.per!r}"
 
 
-ThresholdLike = float | Tensor | Threshold
+ThresholdLike: TypeAlias = float | Tensor | Threshold
 
 
 def check_empty_rows(mode: str) -> None:

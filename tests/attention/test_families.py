@@ -58,14 +58,10 @@ FAMILIES = {
     "EVA02": Family("eva02_tiny_patch14_224", SMALL_32, EvaAttention, 2, 1),
     "EVA02 with scale_norm": Family("eva02_base_patch14_224", SMALL_32, EvaAttention, 2, 1),
     "ViT with rope": Family("vit_small_patch16_rope_224", SMALL_32, AttentionRope, 2, 1),
-    "Perception Encoder": Family(
-        "vit_pe_core_tiny_patch16_384", SMALL_32, AttentionRope, 2, 1, left=("attn_pool",)
-    ),
+    "Perception Encoder": Family("vit_pe_core_tiny_patch16_384", SMALL_32, AttentionRope, 2, 1, left=("attn_pool",)),
     "DINOv3": Family("vit_small_patch16_dinov3", SMALL_32, EvaAttention, 2, 5),
     "NaFlexViT": Family("naflexvit_base_patch16_gap", {"patch_size": 4, **SMALL}, Attention, 2, 4),
-    "NaFlexViT, padded": Family(
-        "naflexvit_base_patch16_gap", {"patch_size": 4, **SMALL}, Attention, 2, 4, padded=True
-    ),
+    "NaFlexViT, padded": Family("naflexvit_base_patch16_gap", {"patch_size": 4, **SMALL}, Attention, 2, 4, padded=True),
     "NaFlexViT with attention pooling, padded": Family(
         "naflexvit_base_patch16_map", {"patch_size": 4, **SMALL}, Attention, 2, left=("attn_pool",), padded=True
     ),

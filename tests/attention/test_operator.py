@@ -213,9 +213,7 @@ def test_a_mask_broadcast_along_the_keys_counts_every_key():
 def test_threshold_per_head_cuts_each_head_at_its_own():
     q, k, v = qkv(torch.float64)
     taus = [0.0, 0.1, 0.3]
-    expected = torch.cat(
-        [thresholded_attention(q[:, [h]], k[:, [h]], v[:, [h]], t) for h, t in enumerate(taus)], dim=1
-    )
+    expected = torch.cat([thresholded_attention(q[:, [h]], k[:, [h]], v[:, [h]], t) for h, t in enumerate(taus)], dim=1)
     given = (torch.tensor(taus, dtype=torch.float64), FixedThreshold(taus), FixedThreshold(torch.tensor(taus)))
     for threshold in given:
         torch.testing.assert_close(thresholded_attention(q, k, v, threshold), expected, atol=1e-6, rtol=0)
@@ -460,7 +458,10 @@ BAD_CALLS = {
     "alpha": (lambda q, k, v: RelativeThreshold(-1.0), "alpha must be a finite number >= 0, got -1.0"),
     "alpha nan": (lambda q, k, v: RelativeThreshold(math.nan), "alpha must be a finite number >= 0, got nan"),
     "init": (lambda q, k, v: LearnableThreshold(0.0), r"init must lie in \(0, 1\), got 0.0"),
-    "per": (lambda q, k, v: LearnableThreshold(0.1, per="token"), "per must be 'model', 'layer' or 'head', got 'token'"),
+    "per": (
+        lambda q, k, v: LearnableThreshold(0.1, per="token"),
+        "per must be 'model', 'layer' or 'head', got 'token'",
+    ),
     "scale_": (lambda q, k, v: FixedThreshold(0.1).scale_(1.1), r"warm-up factor of tau must lie in \[0, 1\], got 1.1"),
 }
 

@@ -141,9 +141,7 @@ def test_a_uniform_row_at_exactly_n_tau_1_is_empty(n):
 @every_row
 @given(rows(ties=False), st.sampled_from(EMPTY_ROWS), st.floats(-50, 50))
 def test_shifting_the_scores_changes_nothing(row, mode, shift):
-    torch.testing.assert_close(
-        weights(Row(row.scores + shift, row.tau), mode), weights(row, mode), atol=1e-8, rtol=0
-    )
+    torch.testing.assert_close(weights(Row(row.scores + shift, row.tau), mode), weights(row, mode), atol=1e-8, rtol=0)
 
 
 @every_row
@@ -169,9 +167,7 @@ def test_masked_keys_change_nothing(data, mode, relative):
     padded[places] = row.scores
     expected = torch.zeros(2 * n, dtype=torch.float64)
     expected[places] = thresholded_softmax(row.scores, threshold, empty_rows=mode)
-    torch.testing.assert_close(
-        thresholded_softmax(padded, threshold, empty_rows=mode), expected, atol=1e-8, rtol=0
-    )
+    torch.testing.assert_close(thresholded_softmax(padded, threshold, empty_rows=mode), expected, atol=1e-8, rtol=0)
     # The same through q, k, v and a mask: the masked keys hold anything at all.
     q = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     k = torch.full((2 * n,), 7.0, dtype=torch.float64)
@@ -347,7 +343,9 @@ def test_gradients_follow_the_formulas(mode):
 @every_row
 @given(rows(kinds=("single",), ties=False), st.sampled_from(["zero", "dense", "top1"]))
 def test_a_single_survivor_has_no_gradient(row, mode):
-    jacobian = torch.autograd.functional.jacobian(lambda s: thresholded_softmax(s, row.tau, empty_rows=mode), row.scores)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda s: thresholded_softmax(s, row.tau, empty_rows=mode), row.scores
+    )
     assert float(jacobian.abs().max()) < 1e-9
 
 
@@ -361,9 +359,7 @@ def test_gradients_through_q_and_k(row, seed):
     assume(float((p - row.tau).abs().min()) > GAP)
     leaves = [t.requires_grad_() for t in (q, k, v, torch.tensor(row.tau, dtype=torch.float64))]
     out = thresholded_attention(*leaves[:3], leaves[3])
-    dq, dk, dv, dtau = torch.autograd.grad(
-        out, leaves, do, allow_unused=True, materialize_grads=True
-    )
+    dq, dk, dv, dtau = torch.autograd.grad(out, leaves, do, allow_unused=True, materialize_grads=True)
     ds, want_dv, want_dtau = torch.zeros_like(p), torch.zeros_like(v), 0.0
     with torch.no_grad():
         for h in range(2):
