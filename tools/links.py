@@ -93,8 +93,10 @@ def setup_source(repository: str | None) -> str:
             "import importlib.util, subprocess, sys  # on Colab: installs what is missing, never torch or numpy",
             f"package = {package}",
             f'needed = {{"svit_utils": package, {needed}}}',
-            'missing = [needed[m] for m in needed if "google.colab" in sys.modules and not importlib.util.find_spec(m)]',
-            'if missing: subprocess.run([sys.executable, *"-m pip install -q --no-deps".split(), *missing], check=True)',
+            'missing = [needed[m] for m in needed if "google.colab" in sys.modules '
+            "and not importlib.util.find_spec(m)]",
+            'if missing: subprocess.run([sys.executable, *"-m pip install -q --no-deps".split(), '
+            "*missing], check=True)",
         ]
     )
 
