@@ -1,0 +1,64 @@
+"""Where a number came from: command, seed, versions, device, commit. Written beside every recorded result."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from svit_utils.paths import repo_root
+
+
+def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
+    """A flat dict: command, seed, python, torch, timm, torchvision, device, threads, commit, dirty, date, ``extra``.
+
+    ``commit`` is empty outside a git checkout; ``dirty`` says whether tracked files differed from that commit.
+    """
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "command": _command(),
+        "seed": seed,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "timm", "torchvision")},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.date.today().isoformat(),
+        **extra,
+    }
+
+
+def _command() -> str:
+    """The command line without the folders of this machine."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
+    return shlex.join([program.name, *sys.argv[1:]])
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    root = repo_root()
+    if root is None:
+        return ""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip()

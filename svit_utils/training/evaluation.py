@@ -1,0 +1,100 @@
+"""Accuracy, image by image, so that two models can be compared on the same pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model did on a data set.
+
+    Attributes:
+        accuracy: share of right answers, in [0, 1].
+        loss: mean cross-entropy, in nats.
+        correct: bool [n], in the data set's order.
+        predictions: int64 [n].
+    """
+
+    accuracy: float
+    loss: float
+    correct: np.ndarray
+    predictions: np.ndarray
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return len(self.correct)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    limit: int | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate ``model`` in eval mode on its own device; its mode is put back afterwards.
+
+    Args:
+        model: images [B, 3, H, W] to logits [B, classes].
+        dataset: of (image, label).
+        batch_size: images at a time.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        limit: only the first so many images.
+        num_workers: processes that load images.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an empty data set or an unknown precision.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image, got {limit}")
+    n = len(dataset) if limit is None else min(limit, len(dataset))  # type: ignore[arg-type]
+    if n == 0:
+        raise ValueError("the data set to evaluate on is empty")
+    device = next(model.parameters()).device
+    # A generator of its own: making the iterator must not advance the global one, which training depends on.
+    loader = DataLoader(
+        dataset if limit is None else Subset(dataset, range(n)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+    was_training = model.training
+    model.eval()
+    losses, predictions, labels = [], [], []
+    try:
+        with torch.no_grad(), autocast(device.type, precision):
+            for images, target in tqdm(loader, disable=None if progress else True, desc="evaluate", leave=False):
+                logits = model(images.to(device, non_blocking=True)).float().cpu()
+                losses.append(F.cross_entropy(logits, target, reduction="sum").item())
+                predictions.append(logits.argmax(dim=1))
+                labels.append(target)
+    finally:
+        model.train(was_training)
+    predicted, truth = torch.cat(predictions), torch.cat(labels)
+    correct = (predicted == truth).numpy()
+    return Evaluation(float(correct.mean()), sum(losses) / n, correct, predicted.numpy())
+
+
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """The autocast context of a precision: ``"fp32"`` (off) or ``"bf16"``.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
