@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "versions, device, data and weights found, and what to do about what is wrong",
     "train": "train or fine-tune a model, dense or sparse",
     "evaluate": "accuracy and sparsity of a checkpoint",
+    "experiment": "run a recorded experiment, or what is missing of it (results/)",
     "explain": "attention maps, rollout and Grad-CAM of a checkpoint, exported as files",
 }
 

@@ -65,8 +65,8 @@ def create_model(
     except Exception as error:  # timm passes on whatever its hub client raises
         raise WeightsError(
             f"no pretrained weights for {name}: not found in SVIT_WEIGHTS_DIR ({folder or 'not set'}), and the "
-            f"download failed ({type(error).__name__}). Put {name}.safetensors, with timm's key names, into a folder and set "
-            "SVIT_WEIGHTS_DIR to it."
+            f"download failed ({type(error).__name__}). Put {name}.safetensors, with timm's key names, into a folder "
+            "and set SVIT_WEIGHTS_DIR to it."
         ) from error
 
 

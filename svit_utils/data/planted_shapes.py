@@ -1,7 +1,7 @@
 """PlantedShapes: pictures whose class lies in the shape of one object, and nowhere else.
 
-Ten shapes, given as signed distance functions, are planted on cluttered ground (value noise in several octaves), and the
-exact mask of the object comes with every picture. "Does the model look at the object?" therefore has a known answer.
+Ten shapes, given as signed distance functions, are planted on cluttered ground (value noise in several octaves), and
+the exact mask of the object comes with every picture. "Does the model look at the object?" has a known answer.
 
 What keeps the class out of everything but the shape:
 
@@ -33,8 +33,8 @@ from torch.utils.data import Dataset
 Array = np.ndarray
 
 # --------------------------------------------------------------------------------------------------------------------
-# Shapes. Each function takes x, y (any shape; x to the right, y up) and returns a signed distance: negative inside, zero
-# on the outline, slope one across the outline away from corners. The size is arbitrary: it is normalised by area below.
+# Shapes. Each function takes x, y (any shape; x to the right, y up) and returns a signed distance: negative inside,
+# zero on the outline, slope one across it away from corners. The size is arbitrary: it is normalised by area below.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -62,11 +62,10 @@ def _cross(x: Array, y: Array) -> Array:
 
 
 def _star(x: Array, y: Array) -> Array:
-    # Fold the plane into the wedge between a tip (straight up) and the notch beside it; there one straight edge is left.
-    nx, ny = (
-        np.float32(math.cos(math.pi / 5)),
-        np.float32(-math.sin(math.pi / 5)),
-    )  # normal of the line through the notch
+    # Fold the plane into the wedge between a tip (straight up) and the notch beside it; there one straight edge is
+    # left.
+    # nx, ny: normal of the line through the centre and that notch.
+    nx, ny = np.float32(math.cos(math.pi / 5)), np.float32(-math.sin(math.pi / 5))
     a, b = np.abs(x), y
     for _ in range(2):  # angles off the tip: up to 180 degrees, then 108, then 36
         over = np.maximum(nx * a + ny * b, 0.0)
@@ -178,7 +177,7 @@ class _Draws:
         return np.float32(low) + np.float32(high - low) * self.uniform(counter, 1)[:, 0]
 
 
-# Ranges of counters. Never renumber: that would change every picture, and the shipped checkpoints were trained on these.
+# Ranges of counters. Never renumber: every picture would change, and shipped checkpoints were trained on them.
 _C_MID, _C_CONTRAST, _C_SIGN, _C_AREA, _C_TURN, _C_X, _C_Y = range(7)
 _C_HUE, _C_SATURATION, _C_GROUND_HUE, _C_GROUND_SATURATION, _C_FAMILY, _C_TIED, _C_SWAP = range(7, 14)
 _C_NOISE, _C_TINT, _C_TEXTURE, _C_DISTRACTORS = 1000, 2000, 3000, 4000
@@ -210,7 +209,7 @@ def _value_noise(draws: _Draws, start: int, cells: int, size: int) -> Array:
 
 
 def _cos(angles: Array) -> Array:
-    # math.cos one by one: numpy's vector code may round differently from its scalar code, that is, by place in the batch.
+    # math.cos one by one: numpy's vector code may round differently from its scalar code, so by place in the batch.
     return np.array([math.cos(a) for a in angles.tolist()], dtype=np.float32)
 
 
@@ -221,7 +220,7 @@ def _tint(hue: Array, strength: Array) -> Array:
 
 
 def _colour(lightness: Array, tint: Array) -> Array:
-    """[B, 3, H, W] from lightness [B, H, W] in [0, 1] and tint [B, 3, 1 or H, 1 or W]; inside the gamut, mean lightness kept."""
+    """[B, 3, H, W] in [0, 1] from lightness [B, H, W] in [0, 1] and tint [B, 3, 1|H, 1|W]; keeps the lightness."""
     room = np.minimum(lightness, 1 - lightness)
     return lightness[:, None] + tint * room[:, None]
 
@@ -235,6 +234,9 @@ class Difficulty:
 
     area      share of the picture that the object covers, drawn evenly between the two, the same for every class
     rotation  largest turn, in radians, either way
+    shift     largest distance of the object's box from the middle, in each direction, as a share of the picture's side
+              (never beyond the border; 0.5 is "anywhere it fits")
+    brighter  probability that the object is brighter than its ground, not darker
     contrast  difference of lightness between object and ground (means), either sign
     clutter   largest departure of the ground's lightness from its mean
     texture   the same for the object
@@ -242,6 +244,8 @@ class Difficulty:
 
     area: tuple[float, float] = (0.16, 0.30)
     rotation: float = 0.3
+    shift: float = 0.5
+    brighter: float = 0.5
     contrast: tuple[float, float] = (0.34, 0.50)
     clutter: float = 0.18
     texture: float = 0.05
@@ -253,18 +257,22 @@ class Difficulty:
                 raise ValueError(f"{name} must be (low, high) with 0 < low <= high < 1, got {(low, high)}")
         if not 0 <= self.rotation <= math.pi:
             raise ValueError(f"rotation must lie in [0, pi] radians, got {self.rotation}")
+        if not 0 <= self.shift <= 0.5:
+            raise ValueError(f"shift must lie in [0, 0.5], got {self.shift}")
+        if not 0 <= self.brighter <= 1:
+            raise ValueError(f"brighter must lie in [0, 1], got {self.brighter}")
         if self.clutter < 0 or self.texture < 0:
             raise ValueError(f"clutter and texture must not be negative, got {self.clutter} and {self.texture}")
         # The mask is exact only if an object pixel can never have the lightness of what it covers.
         if self.contrast[0] <= self.clutter + self.texture or self.contrast[0] / 4 <= self.texture:
             raise ValueError(
-                "the smallest contrast must exceed clutter + texture and 4 * texture (else the object could vanish into "
-                f"its ground), got contrast {self.contrast[0]}, clutter {self.clutter}, texture {self.texture}"
+                "the smallest contrast must exceed clutter + texture and 4 * texture (else the object could vanish "
+                f"into its ground), got contrast {self.contrast[0]}, clutter {self.clutter}, texture {self.texture}"
             )
         if _MIDDLE + self.contrast[1] / 2 + max(self.clutter, self.texture) > 0.5:
             raise ValueError(
-                f"{_MIDDLE} + largest contrast / 2 + clutter (or texture) must not exceed 0.5 (lightness leaves 0 to 1), "
-                f"got contrast {self.contrast[1]}, clutter {self.clutter}, texture {self.texture}"
+                f"{_MIDDLE} + largest contrast / 2 + clutter (or texture) must not exceed 0.5 (lightness would leave "
+                f"0 to 1), got contrast {self.contrast[1]}, clutter {self.clutter}, texture {self.texture}"
             )
 
 
@@ -280,7 +288,8 @@ DIFFICULTIES: dict[str, Difficulty] = {
 class PlantedBatch(NamedTuple):
     """``images`` float32 [B, 3, H, W], normalised; ``labels`` int64 [B]; ``masks`` bool [B, H, W], True on the object;
     ``coverage`` float32 [B, H, W], share of each pixel that the object covers (the mask is coverage >= 1/2; a pixel
-    differs from the picture without the object only where coverage > 0); ``backgrounds`` int64 [B], family of the ground."""
+    differs from the picture without the object only where coverage > 0); ``backgrounds`` int64 [B], family of the
+    ground."""
 
     images: Tensor
     labels: Tensor
@@ -416,7 +425,7 @@ class PlantedShapes(Dataset):
 
         family = self._families(draws, label)
         middle = draws.between(_C_MID, 0.5 - _MIDDLE, 0.5 + _MIDDLE)
-        sign = np.where(draws.uniform(_C_SIGN, 1)[:, 0] < 0.5, np.float32(-0.5), np.float32(0.5))
+        sign = np.where(draws.uniform(_C_SIGN, 1)[:, 0] < d.brighter, np.float32(0.5), np.float32(-0.5))
         step = sign * draws.between(_C_CONTRAST, *d.contrast)  # half of the contrast, signed
         ground_level, object_level = middle - step, middle + step
 
@@ -475,15 +484,14 @@ class PlantedShapes(Dataset):
         scale = np.sqrt(draws.between(_C_AREA, *d.area) / unit_area[label]) * size  # pixels per unit
         turn = draws.between(_C_TURN, -d.rotation, d.rotation).astype(np.float64)
 
-        # Where the box around the turned object fits, one pixel from the border; centred if there is no room.
+        # Where the box around the turned object fits, one pixel from the border, no further off than allowed.
         def extent(direction: float) -> Array:
             slot = np.rint((direction - turn) / (2 * math.pi) * _ANGLES).astype(int) % _ANGLES
             return reach[label, slot] * scale
 
         def place(counter: int, low: Array, high: Array) -> Array:
-            room = size - 2 - low - high
-            u = np.where(room > 0, draws.uniform(counter, 1)[:, 0], 0.5)
-            return 1 + low + room * u
+            room = np.clip((size - 2 - low - high) / 2, 0, d.shift * size)
+            return (size + low - high) / 2 + room * (2 * draws.uniform(counter, 1)[:, 0] - 1)
 
         centre_x = place(_C_X, extent(math.pi), extent(0.0))
         centre_y = -place(_C_Y, extent(math.pi / 2), extent(-math.pi / 2))
@@ -504,7 +512,7 @@ class PlantedShapes(Dataset):
         return np.clip(np.float32(0.5) - distance, 0, 1)
 
     def _add_distractor(self, image: Array, draws: _Draws, k: int, ground_level: Array, contrast: Array) -> None:
-        """Paint blob or bar number ``k`` into ``image`` [B, 3, H, W]; of the object's sign, at half to three quarters of its contrast."""
+        """Paint blob or bar number ``k`` into ``image`` [B, 3, H, W], at 50 to 75 % of the object's contrast."""
         size, c = self.img_size, _C_DISTRACTORS + k * _PER_DISTRACTOR
         x, y = self._pixels()
         x = x - (draws.between(c, 0.06, 0.94) * np.float32(size))[:, None, None]

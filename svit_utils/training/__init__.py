@@ -3,16 +3,23 @@
 from svit_utils.training.checkpoints import CheckpointError
 from svit_utils.training.evaluation import Evaluation, evaluate
 from svit_utils.training.loop import NonFiniteLossError, OutputError, TrainConfig, TrainResult, load_best, train
+from svit_utils.training.profiles import PROFILES, DataSplits, Profile, build_data, build_model, get_profile
 from svit_utils.training.schedules import lr_factor, tau_factor
 
 __all__ = [
+    "PROFILES",
     "CheckpointError",
+    "DataSplits",
     "Evaluation",
     "NonFiniteLossError",
     "OutputError",
+    "Profile",
     "TrainConfig",
     "TrainResult",
+    "build_data",
+    "build_model",
     "evaluate",
+    "get_profile",
     "load_best",
     "lr_factor",
     "tau_factor",

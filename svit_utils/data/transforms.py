@@ -1,0 +1,70 @@
+"""From a PIL picture to a normalised tensor. Every random choice is drawn from torch's generator, so seeding or restoring
+that generator repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Normalisation = str | tuple[Sequence[float], Sequence[float]]
+
+NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # timm's "inception" values: many of its ViTs were trained with these
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+def normalisation(choice: Normalisation) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, from a name in ``NORMALISATIONS`` or a pair (mean, std) of three numbers.
+
+    A timm model wants its own: ``(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])``.
+    """
+    if isinstance(choice, str):
+        if choice not in NORMALISATIONS:
+            raise ValueError(f"normalise must be one of {list(NORMALISATIONS)} or a pair (mean, std), got {choice!r}")
+        return NORMALISATIONS[choice]
+    mean, std = (tuple(float(v) for v in part) for part in choice)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"(mean, std) must be three numbers each, std above 0, got {choice!r}")
+    return mean, std
+
+
+def small_picture_transform(
+    native: int, img_size: int | None, augment: bool, normalise: Normalisation
+) -> Callable[[Any], Tensor]:
+    """For pictures of one small size (CIFAR): crop with an eighth of padding and flip when ``augment``, then resize
+    (bicubic) to ``img_size``, then normalise. The crop comes before resizing: the same picture, a fiftieth of the work."""
+    from torchvision import transforms as T
+
+    steps: list[Any] = []
+    if augment:
+        steps += [T.RandomCrop(native, padding=native // 8), T.RandomHorizontalFlip()]
+    if img_size is not None and img_size != native:
+        steps.append(T.Resize((img_size, img_size), T.InterpolationMode.BICUBIC))
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(*normalisation(normalise))])
+
+
+def photograph_transform(
+    img_size: int, augment: bool, normalise: Normalisation, crop_pct: float = 0.875
+) -> Callable[[Any], Tensor]:
+    """For photographs of any size: random resized crop and flip when ``augment``, else resize and centre crop."""
+    from torchvision import transforms as T
+
+    bicubic = T.InterpolationMode.BICUBIC
+    if augment:
+        steps = [T.RandomResizedCrop(img_size, interpolation=bicubic), T.RandomHorizontalFlip()]
+    else:
+        steps = [T.Resize(round(img_size / crop_pct), bicubic), T.CenterCrop(img_size)]
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(*normalisation(normalise))])
+
+
+def check_options(transform: object, img_size: int | None, augment: bool) -> None:
+    """Refuse options that would be ignored, and sizes that make no sense."""
+    if transform is not None and augment:
+        raise ValueError("give either transform or augment=True, not both: a transform of your own replaces everything")
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")

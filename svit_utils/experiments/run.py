@@ -1,0 +1,212 @@
+"""Run the arms of a design and record each as one row of ``results/<design>.csv``, with provenance.
+
+An interrupted run resumes from its checkpoint under ``build/experiments``; an arm whose row is there is skipped. Beside the rows, ``<design>_correct.csv`` keeps which test image each arm got right, as hexadecimal bits, so that arms
+can be compared image by image afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svit_utils.attention import sparsify
+from svit_utils.experiments.designs import CURRICULUM, Arm, Design
+from svit_utils.models import save_weights
+from svit_utils.paths import checkpoints_dir, repo_root, results_dir
+from svit_utils.provenance import provenance
+from svit_utils.training import evaluate, train
+
+TRACKED_IMAGES = 200
+CARD = (
+    *(
+        "data",
+        "model",
+        "start",
+        "threshold",
+        "tau_warmup",
+        "empty_rows",
+        "steps",
+        "batch_size",
+        "lr",
+        "curriculum",
+        "seed",
+    ),
+    *("val_accuracy", "val_images", "test_accuracy", "test_images", "commit", "torch", "timm"),
+)
+
+
+def run_design(design: Design, *, out: Path | None = None, only: list[str] | None = None) -> Path:
+    """Run every arm of ``design`` that is not recorded yet, and the small row that `check` compares with.
+
+    Args:
+        design: what to run.
+        out: folder of the results files; ``results/`` of the repository by default.
+        only: names of arms to run; all by default.
+
+    Returns:
+        The CSV file.
+
+    Raises:
+        ValueError: ``only`` names an arm the design does not have.
+    """
+    unknown = set(only or ()) - {arm.name for arm in design.arms}
+    if unknown:
+        raise ValueError(
+            f"{design.name} has no arm {', '.join(sorted(unknown))}; it has {', '.join(a.name for a in design.arms)}"
+        )
+    out = results_dir() if out is None else out
+    path = out / f"{design.name}.csv"
+    for arm in design.arms:
+        if only is not None and arm.name not in only:
+            continue
+        for size in ("full", "small") if arm is design.arms[0] else ("full",):
+            if is_recorded(path, arm.name, size):
+                print(f"{design.name}/{arm.name} ({size}): recorded already")
+                continue
+            row, correct = run_arm(design, arm, size=size)
+            _append(path, row)
+            if size == "full":
+                _append(
+                    out / f"{design.name}_correct.csv", {"arm": arm.name, "n": len(correct), "correct": pack(correct)}
+                )
+            print(
+                f"{design.name}/{arm.name} ({size}): test accuracy {row['test_accuracy']:.4f} in {row['seconds']:.0f} s"
+            )
+    return path
+
+
+def run_arm(design: Design, arm: Arm, *, size: str = "full") -> tuple[dict[str, Any], np.ndarray]:
+    """Train and evaluate one arm.
+
+    Args:
+        design: the design the arm belongs to.
+        arm: the arm.
+        size: ``"full"``, or ``"small"`` for the few steps that a check reruns.
+
+    Returns:
+        The row to record, and which test images were right (bool array).
+    """
+    arm = arm if size == "full" else arm.small()
+    started = time.time()
+    model = start_model(arm)
+    if arm.threshold is not None:
+        sparsify(model, arm.threshold, empty_rows=arm.empty_rows)
+    val, test = dataset(arm, "val"), dataset(arm, "test")
+    work = (repo_root() or Path.cwd()) / "build" / "experiments" / design.name / arm.name if size == "full" else None
+    loss = float("nan")
+    for stage, (steps, train_set) in enumerate(_stages(arm)):
+        out_dir = None if work is None else work / f"stage{stage}"
+        loss = train(model, train_set, None, _config(arm, steps), out_dir=out_dir).final_loss
+    judged: nn.Module = torch.compile(model) if arm.compile else model  # type: ignore[assignment]
+    validation = evaluate(judged, val, batch_size=50, precision=arm.precision)
+    reported = evaluate(judged, test, batch_size=50, precision=arm.precision)
+    row = {
+        "experiment": design.name,
+        "size": size,
+        **asdict(arm),
+        "train_loss": round(loss, 4),
+        "val_accuracy": round(validation.accuracy, 4),
+        "test_accuracy": round(reported.accuracy, 4),
+        "test_loss": round(reported.loss, 4),
+        **_sparsity(model, test),
+        "seconds": round(time.time() - started, 1),
+        **{k: v for k, v in provenance().items() if k != "seed"},
+    }
+    if arm.save_as is not None:
+        card = {key: str(row[key]) for key in CARD}
+        save_weights(model, checkpoints_dir() / f"{arm.save_as}.safetensors", card)
+    return row, reported.correct
+
+
+def start_model(arm: Arm) -> nn.Module:
+    """The dense model the arm starts from, its new parts drawn from the arm's seed."""
+    torch.manual_seed(arm.seed)
+    if arm.start == "pretrained":
+        return create_model(arm.model, pretrained=True)
+    if arm.start == "scratch":
+        return create_model(arm.model, img_size=arm.img_size)
+    return load_embedded(arm.start)
+
+
+def dataset(arm: Arm, split: str) -> Dataset:
+    """The arm's data: all of the training split, the first images of the others."""
+    if arm.data == "planted":
+        size = {"train": None, "val": arm.val_images, "test": arm.test_images}[split]
+        return PlantedShapes(split, size)
+    whole = cifar10(split, img_size=arm.img_size, augment=arm.augment and split == "train")
+    count = {"train": len(whole), "val": arm.val_images, "test": arm.test_images}[split]
+    return whole if count >= len(whole) else Subset(whole, range(count))
+
+
+def recorded(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file, as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def is_recorded(path: Path, arm: str, size: str) -> bool:
+    """Whether ``path`` has a row of that arm and size."""
+    return any(row["name"] == arm and row["size"] == size for row in recorded(path))
+
+
+def pack(correct: np.ndarray) -> str:
+    """A bool array [n] as hexadecimal digits, eight images in two, the last byte filled with zeros."""
+    return np.packbits(correct).tobytes().hex()
+
+
+def unpack(text: str, n: int) -> np.ndarray:
+    """The bool array [n] that `pack` wrote."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:n].astype(bool)
+
+
+def _stages(arm: Arm) -> list[tuple[int, Dataset]]:
+    """Steps and data of each part of the run: the curriculum of a cold start, then the real data."""
+    stages: list[tuple[int, Dataset]] = []
+    for steps, difficulty in zip(arm.curriculum, CURRICULUM, strict=False):
+        stages.append((steps, PlantedShapes("train", difficulty=difficulty)))
+    return [*stages, (arm.steps, dataset(arm, "train"))]
+
+
+def _config(arm: Arm, steps: int) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        batch_size=arm.batch_size,
+        lr=arm.lr,
+        weight_decay=arm.weight_decay,
+        warmup_steps=min(arm.warmup, steps),
+        schedule=arm.schedule if steps == arm.steps else "constant",
+        tau_warmup_steps=round(arm.tau_warmup * steps),
+        precision=arm.precision,
+        compile=arm.compile,
+        seed=arm.seed,
+        checkpoint_every=100,
+    )
+
+
+def _sparsity(model: nn.Module, data: Dataset) -> dict[str, float | str]:
+    """The tracker's summary on the first test images; empty for a dense model."""
+    names = ("cut_sparsity", "applied_sparsity", "empty_rate", "kept_mass", "effective_support")
+    if not sparse_modules(model):
+        return dict.fromkeys(names, "")
+    with TokenSparsityTracker(model) as tracker:
+        evaluate(model, data, batch_size=50, limit=TRACKED_IMAGES)
+    summary = tracker.summary()
+    return {name: round(getattr(summary, name), 4) for name in names}
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file, which is replaced whole or not at all."""
+    rows: list[dict[str, Any]] = [*recorded(path), row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)

@@ -1,0 +1,254 @@
+"""The four profiles: one name selects data, model, start, recipe and budget.
+
+``SVIT_PROFILE`` names the one in force; without it, ``gpu`` where CUDA is available and ``cpu`` elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from svit_utils.attention import LearnableThreshold, sparsify
+from svit_utils.data import PlantedShapes, cifar10, image_folder, normalisation
+from svit_utils.models import SMALL_VIT, create_model, load_embedded, load_weights
+from svit_utils.training.loop import TrainConfig
+
+CIFAR10_TRAIN = 45_000  # images, see `svit_utils.data.cifar10`
+
+
+class DataSplits(NamedTuple):
+    """Train to fit, val to choose, test to report."""
+
+    train: Dataset
+    val: Dataset
+    test: Dataset
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is trained on what, from where, and how.
+
+    Attributes:
+        name: of the profile.
+        summary: in one line.
+        data: ``"planted"``, ``"cifar10"``, or a folder with the sub-folders train, val (and test) of class folders.
+        model: name for `svit_utils.models.create_model`.
+        img_size: pixels along a side.
+        start: ``"scratch"``, ``"pretrained"`` (timm's weights, local or downloaded), a shipped checkpoint, or a
+            ``.safetensors`` file.
+        config: the recipe.
+        threshold: tau of the sparse arm.
+        empty_rows: its treatment of rows that lose every key, see `svit_utils.thresholded_softmax`.
+        augment: crop and flip the training images (PlantedShapes needs none: every picture is new).
+        val_images, test_images: how many are used, the first ones; None for all.
+    """
+
+    name: str
+    summary: str
+    data: str
+    model: str
+    img_size: int
+    start: str
+    config: TrainConfig
+    threshold: float = 0.01
+    empty_rows: str = "dense"
+    augment: bool = False
+    val_images: int | None = None
+    test_images: int | None = None
+
+    def with_steps(self, steps: int) -> Profile:
+        """The same recipe over another number of steps; the warm-ups keep their share of the run."""
+        share = steps / self.config.steps
+        return replace(
+            self,
+            config=replace(
+                self.config,
+                steps=steps,
+                warmup_steps=round(self.config.warmup_steps * share),
+                tau_warmup_steps=round(self.config.tau_warmup_steps * share),
+            ),
+        )
+
+    def small(self) -> Profile:
+        """The same code paths in a few seconds: two steps of two images, from scratch."""
+        small = replace(self.with_steps(2), start="scratch", val_images=4, test_images=4)
+        return replace(small, config=replace(small.config, batch_size=2, eval_every=0, num_workers=0))
+
+    def __str__(self) -> str:
+        c = self.config
+        return (
+            f"profile {self.name}: {self.summary}\n"
+            f"  data {self.data}, model {self.model} at {self.img_size} px, start {self.start}\n"
+            f"  {c.steps} steps of {c.batch_size * c.grad_accumulation} images, AdamW {c.lr:g} {c.schedule}, "
+            f"tau {self.threshold:g} raised over {c.tau_warmup_steps} steps, empty rows {self.empty_rows!r}"
+        )
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            "smoke",
+            "seconds, for tests",
+            data="planted",
+            model=SMALL_VIT,
+            img_size=56,
+            start="scratch",
+            config=TrainConfig(steps=4, batch_size=8, lr=1e-3, warmup_steps=1, tau_warmup_steps=2, log_every=1),
+            val_images=32,
+            test_images=32,
+        ),
+        Profile(
+            "cpu",
+            "embedded data and checkpoint, a minute or two on a laptop",
+            data="planted",
+            model=SMALL_VIT,
+            img_size=56,
+            start="planted_dense_start",
+            config=TrainConfig(steps=60, batch_size=64, lr=5e-4, warmup_steps=3, tau_warmup_steps=30, log_every=5),
+            val_images=500,
+            test_images=1000,
+        ),
+        Profile(
+            "gpu",
+            "CIFAR-10 at 224 px, a pretrained ViT-Base, three epochs of the usual fine-tuning recipe",
+            data="cifar10",
+            model="vit_base_patch16_224",
+            img_size=224,
+            start="pretrained",
+            config=TrainConfig(
+                steps=3 * (CIFAR10_TRAIN // 64),
+                batch_size=64,
+                lr=5e-5,
+                warmup_steps=100,
+                tau_warmup_steps=3 * (CIFAR10_TRAIN // 64) // 2,
+                precision="bf16",
+                num_workers=8,
+                eval_every=CIFAR10_TRAIN // 64,
+                checkpoint_every=CIFAR10_TRAIN // 64,
+                log_every=50,
+            ),
+            augment=True,
+        ),
+        Profile(
+            # What the card leaves open is left at torch's defaults: weight decay 0.01, no clipping, no augmentation,
+            # no warm-up of either kind. Validation images are held out of the card's 50,000.
+            "paper",
+            "the published card's recipe to the letter: ViT-Base, 70 epochs of CIFAR-10 at 224 px",
+            data="cifar10",
+            model="vit_base_patch16_224",
+            img_size=224,
+            start="pretrained",
+            config=TrainConfig(
+                steps=70 * (CIFAR10_TRAIN // 16),
+                batch_size=16,
+                lr=3e-4,
+                weight_decay=0.01,
+                schedule="cosine",
+                clip_grad=None,
+                num_workers=8,
+                eval_every=10 * (CIFAR10_TRAIN // 16),
+                checkpoint_every=CIFAR10_TRAIN // 16,
+                log_every=100,
+            ),
+        ),
+    )
+}
+
+
+def get_profile(name: str | None = None) -> Profile:
+    """The profile of that name; by default ``$SVIT_PROFILE``, else ``gpu`` with CUDA and ``cpu`` without.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    source = "profile"
+    if name is None:
+        source = "SVIT_PROFILE"
+        name = os.environ.get("SVIT_PROFILE") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if name not in PROFILES:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, PROFILES))}, got {name!r}")
+    return PROFILES[name]
+
+
+def build_data(profile: Profile) -> DataSplits:
+    """The profile's data, normalised as its model expects.
+
+    Raises:
+        DataNotFoundError, DamagedDataError: see `svit_utils.data`.
+    """
+    size = profile.img_size
+    if profile.data == "planted":
+        return DataSplits(
+            PlantedShapes("train", img_size=size),
+            PlantedShapes("val", profile.val_images, img_size=size),
+            PlantedShapes("test", profile.test_images, img_size=size),
+        )
+    normalise: Any = _normalisation_of(profile.model)
+    if profile.data == "cifar10":
+        train = cifar10("train", img_size=size, augment=profile.augment, normalise=normalise)
+        val = cifar10("val", img_size=size, normalise=normalise)
+        test = cifar10("test", img_size=size, normalise=normalise)
+    else:
+        train = image_folder(profile.data, "train", img_size=size, augment=profile.augment, normalise=normalise)
+        val = image_folder(profile.data, "val", img_size=size, normalise=normalise)
+        has_test = (Path(profile.data) / "test").is_dir()
+        test = image_folder(profile.data, "test", img_size=size, normalise=normalise) if has_test else val
+    return DataSplits(train, _first(val, profile.val_images), _first(test, profile.test_images))
+
+
+def build_model(
+    profile: Profile,
+    *,
+    sparse: bool = False,
+    num_classes: int = 10,
+    learnable: str | None = None,
+    layers: list[int] | None = None,
+    seed: int | None = None,
+) -> nn.Module:
+    """The profile's model at its start, dense or cut at the profile's threshold.
+
+    Args:
+        profile: which model, start and threshold.
+        sparse: cut it.
+        num_classes: outputs.
+        learnable: with ``sparse``, train tau ``"model"``-, ``"layer"``- or ``"head"``-wise from the profile's value.
+        layers: with ``sparse``, only these blocks.
+        seed: of new weights (the head at least); the recipe's by default.
+
+    Raises:
+        WeightsError: the start is missing, damaged, or of another model.
+    """
+    torch.manual_seed(profile.config.seed if seed is None else seed)
+    if profile.start in ("scratch", "pretrained") or profile.start.endswith(".safetensors"):
+        size = None if profile.start == "pretrained" and profile.img_size == 224 else profile.img_size
+        pretrained = profile.start == "pretrained"
+        model = create_model(profile.model, num_classes=num_classes, img_size=size, pretrained=pretrained)
+        if profile.start.endswith(".safetensors"):
+            load_weights(model, profile.start)
+    else:
+        model = load_embedded(profile.start)
+    if sparse:
+        threshold = profile.threshold if learnable is None else LearnableThreshold(profile.threshold, per=learnable)
+        sparsify(model, threshold, layers=layers, empty_rows=profile.empty_rows)
+    return model
+
+
+def _normalisation_of(model: str) -> tuple[Any, Any] | str:
+    """What the model was pretrained with: DeiT with ImageNet's statistics, timm's ViT-Base with one half."""
+    if model == SMALL_VIT:
+        return "imagenet"
+    from timm.models import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(model)
+    return normalisation("imagenet") if cfg is None else (cfg.mean, cfg.std)
+
+
+def _first(dataset: Any, count: int | None) -> Dataset:
+    return dataset if count is None or count >= len(dataset) else Subset(dataset, range(count))
