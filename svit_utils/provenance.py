@@ -21,7 +21,7 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
     """
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "command": _command(),
         "seed": seed,
@@ -30,7 +30,7 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "svit_utils")),
         "date": datetime.date.today().isoformat(),
         **extra,
     }
@@ -42,6 +42,17 @@ def _command() -> str:
     if program.name == "__main__.py":
         return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
     return shlex.join([program.name, *sys.argv[1:]])
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

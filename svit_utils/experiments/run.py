@@ -1,41 +1,39 @@
 """Run the arms of a design and record each as one row of ``results/<design>.csv``, with provenance.
 
-An interrupted run resumes from its checkpoint under ``build/experiments``; an arm whose row is there is skipped. Beside the rows, ``<design>_correct.csv`` keeps which test image each arm got right, as hexadecimal bits, so that arms
+An interrupted run resumes from its checkpoint under ``build/experiments``; an arm whose row is there is skipped.
+Beside the rows, ``<design>_correct.csv`` keeps which test image each arm got right, as hexadecimal bits, so that arms
 can be compared image by image afterwards.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
 
-from svit_utils.attention import sparsify
+from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsify
+from svit_utils.data import PlantedShapes, cifar10
 from svit_utils.experiments.designs import CURRICULUM, Arm, Design
-from svit_utils.models import save_weights
+from svit_utils.models import create_model, load_embedded, save_weights
 from svit_utils.paths import checkpoints_dir, repo_root, results_dir
 from svit_utils.provenance import provenance
-from svit_utils.training import evaluate, train
+from svit_utils.training import TrainConfig, evaluate, train
 
 TRACKED_IMAGES = 200
+# What a shipped checkpoint says of itself, in its safetensors metadata.
 CARD = (
-    *(
-        "data",
-        "model",
-        "start",
-        "threshold",
-        "tau_warmup",
-        "empty_rows",
-        "steps",
-        "batch_size",
-        "lr",
-        "curriculum",
-        "seed",
-    ),
-    *("val_accuracy", "val_images", "test_accuracy", "test_images", "commit", "torch", "timm"),
+    *("data", "model", "start", "threshold", "tau_warmup", "empty_rows", "curriculum", "steps", "batch_size", "lr"),
+    *("seed", "val_accuracy", "val_images", "test_accuracy", "test_images", "commit", "torch", "timm"),
 )
 
 
@@ -55,11 +53,9 @@ def run_design(design: Design, *, out: Path | None = None, only: list[str] | Non
     """
     unknown = set(only or ()) - {arm.name for arm in design.arms}
     if unknown:
-        raise ValueError(
-            f"{design.name} has no arm {', '.join(sorted(unknown))}; it has {', '.join(a.name for a in design.arms)}"
-        )
-    out = results_dir() if out is None else out
-    path = out / f"{design.name}.csv"
+        known = ", ".join(arm.name for arm in design.arms)
+        raise ValueError(f"{design.name} has no arm {', '.join(sorted(unknown))}; it has {known}")
+    path = (results_dir() if out is None else out) / f"{design.name}.csv"
     for arm in design.arms:
         if only is not None and arm.name not in only:
             continue
@@ -68,14 +64,9 @@ def run_design(design: Design, *, out: Path | None = None, only: list[str] | Non
                 print(f"{design.name}/{arm.name} ({size}): recorded already")
                 continue
             row, correct = run_arm(design, arm, size=size)
-            _append(path, row)
-            if size == "full":
-                _append(
-                    out / f"{design.name}_correct.csv", {"arm": arm.name, "n": len(correct), "correct": pack(correct)}
-                )
-            print(
-                f"{design.name}/{arm.name} ({size}): test accuracy {row['test_accuracy']:.4f} in {row['seconds']:.0f} s"
-            )
+            _record(design, path, row, correct)
+            took = f"in {row['seconds']:.0f} s"
+            print(f"{design.name}/{arm.name} ({size}): test accuracy {row['test_accuracy']:.4f} {took}", flush=True)
     return path
 
 
@@ -96,7 +87,7 @@ def run_arm(design: Design, arm: Arm, *, size: str = "full") -> tuple[dict[str, 
     if arm.threshold is not None:
         sparsify(model, arm.threshold, empty_rows=arm.empty_rows)
     val, test = dataset(arm, "val"), dataset(arm, "test")
-    work = (repo_root() or Path.cwd()) / "build" / "experiments" / design.name / arm.name if size == "full" else None
+    work = _work(design) / arm.name if size == "full" else None
     loss = float("nan")
     for stage, (steps, train_set) in enumerate(_stages(arm)):
         out_dir = None if work is None else work / f"stage{stage}"
@@ -200,13 +191,33 @@ def _sparsity(model: nn.Module, data: Dataset) -> dict[str, float | str]:
     return {name: round(getattr(summary, name), 4) for name in names}
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which is replaced whole or not at all."""
-    rows: list[dict[str, Any]] = [*recorded(path), row]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+def _record(design: Design, path: Path, row: dict[str, Any], correct: np.ndarray) -> None:
+    """Add a row to the design's two files, in the order of its arms.
+
+    Each row is first written to a file of its own, so that two processes may run arms of one design at a time.
+    """
+    folder = _work(design) / "rows"
+    bits = {"name": row["name"], "size": row["size"], "n": len(correct), "correct": pack(correct)}
+    _replace(folder / f"{row['name']}-{row['size']}.json", json.dumps({"row": row, "bits": bits}))
+    finished = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    order = [arm.name for arm in design.arms]
+    for target, part in ((path, "row"), (path.with_name(f"{path.stem}_correct.csv"), "bits")):
+        rows = {(r["name"], r["size"]): r for r in [*recorded(target), *(f[part] for f in finished)]}
+        ordered = sorted(rows.values(), key=lambda r: (order.index(r["name"]), r["size"]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row if part == "row" else bits), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(ordered)
+        _replace(target, text.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a text file, which is replaced whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _work(design: Design) -> Path:
+    return (repo_root() or Path.cwd()) / "build" / "experiments" / design.name
