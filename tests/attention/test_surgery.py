@@ -318,10 +318,10 @@ def test_learnable_tau_moves_in_a_bf16_model():
     model = vit().bfloat16()
     sparsify(model, LearnableThreshold(0.01))
     optimiser = torch.optim.Adam([t.logit for t in learnable_thresholds(model).values()], lr=1e-4)
-    before = [float(t.logit) for t in learnable_thresholds(model).values()]
+    before = [t.logit.item() for t in learnable_thresholds(model).values()]
     model(images().bfloat16()).float().square().sum().backward()
     optimiser.step()
-    after = [float(t.logit) for t in learnable_thresholds(model).values()]
+    after = [t.logit.item() for t in learnable_thresholds(model).values()]
     for a, b in zip(before, after):
         assert abs(b - a) == pytest.approx(1e-4, rel=0.05)
         assert torch.tensor(a).bfloat16() == (torch.tensor(a).bfloat16() + 1e-4)
