@@ -24,6 +24,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A bare ``pytest --nbval`` is the notebook part: the unit tests are left to ``pytest``."""
     bare = config.args_source is not pytest.Config.ArgsSource.ARGS
-    if bare and config.getoption("--nbval", default=False) and collection_path == ROOT / "tests":
+    if bare and config.getoption("--nbval", default=False) and collection_path.is_relative_to(ROOT / "tests"):
         return True
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -17,14 +16,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds, and an environment without SVIT_* settings: a test that needs one sets it."""
     for name in [name for name in os.environ if name.startswith("SVIT_") and name != "SVIT_BROWSER"]:
         monkeypatch.delenv(name)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code draws from the global generator
     torch.manual_seed(0)
-    yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

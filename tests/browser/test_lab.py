@@ -1,0 +1,86 @@
+"""Chapter 1 in JupyterLab itself: it opens, runs, its explorer moves and the picture changes, the console is quiet."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+import nbtools
+
+pytestmark = pytest.mark.browser
+
+SHOTS = nbtools.ROOT / "build" / "browser"
+EXPLORER = ".svit-threshold-explorer"
+
+
+def busy_or_waiting(page) -> int:
+    """Cells whose prompt is a star: running, or waiting for their turn."""
+    return sum("*" in text for text in page.locator(".jp-InputPrompt").all_inner_texts())
+
+
+def wait_until(page, true, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            page.screenshot(path=SHOTS / "timeout.png")
+            pytest.fail(f"after {seconds:.0f} s: {what}; see build/browser/timeout.png; problems: {page.problems}")
+        page.wait_for_timeout(250)
+
+
+def run_all_cells(page) -> None:
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile(r"^Run All Cells$")).click()
+
+
+def test_chapter_1_runs_and_its_explorer_moves(lab: str, page) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    [chapter] = nbtools.chapters(["01"])
+    # A workspace of its own, so that no earlier session is restored; all cells are rendered, not only those in sight.
+    page.goto(f"{lab}/lab/workspaces/test/tree/notebooks/{chapter.name}?reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
+    wait_until(page, lambda: "Idle" in page.locator("body").inner_text(), 90, "the kernel is not idle")
+    page.screenshot(path=SHOTS / "opened.png")
+
+    run_all_cells(page)
+    page.wait_for_timeout(1500)
+    explorer = page.locator(EXPLORER).first
+    wait_until(page, lambda: scroll_through(page) and explorer.count() == 1, 240, "the explorer is not shown")
+    wait_until(page, lambda: busy_or_waiting(page) == 0, 240, "cells are still running")
+    errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
+    assert errors.count() == 0, errors.first.inner_text()
+
+    explorer.scroll_into_view_if_needed()
+    picture = explorer.locator("img").first
+    picture.wait_for(timeout=20_000)
+    before = picture.get_attribute("src")
+    page.screenshot(path=SHOTS / "explorer-before.png")
+    handles = explorer.locator(".noUi-handle")
+    assert handles.count() >= 1
+    # The threshold's own slider: the last one. Any slider has to change the picture.
+    for index in range(handles.count()):
+        handle = handles.nth(index)
+        start = picture.get_attribute("src")
+        handle.focus()
+        for _ in range(3):
+            handle.press("ArrowRight")
+        wait_until(page, lambda old=start: picture.get_attribute("src") != old, 20, f"slider {index} changes nothing")
+    assert picture.get_attribute("src") != before
+    assert picture.evaluate("image => image.complete && image.naturalWidth > 50")
+    page.screenshot(path=SHOTS / "explorer-after.png")
+    assert page.problems == []
+
+
+def scroll_through(page) -> bool:
+    """JupyterLab renders a cell when it comes into sight: bring each into sight once."""
+    page.evaluate(
+        """() => {
+            const window = document.querySelector('.jp-WindowedPanel-outer') || document.querySelector('.jp-Notebook');
+            if (!window) return;
+            const next = window.scrollTop + 600;
+            window.scrollTop = next >= window.scrollHeight - window.clientHeight + 600 ? 0 : next;
+        }"""
+    )
+    page.wait_for_timeout(300)
+    return True
