@@ -163,10 +163,10 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place; dense or sparse is decided before, by `svit_utils.sparsify`.
 
-    With ``out_dir``, writes there ``metrics.csv``, ``checkpoint.pt``, ``last.safetensors`` and ``best.safetensors`` (best
-    on validation, judged at the whole tau; of the averaged model where there is one). A run that was killed goes on from
-    its checkpoint: with one thread on a CPU it ends with the same weights, bit for bit, as one that was not. A finished
-    run is loaded, not repeated. The model is left in eval mode with its last weights.
+    With ``out_dir``, writes there ``metrics.csv``, ``checkpoint.pt``, ``last.safetensors`` and ``best.safetensors``:
+    the weights that were best on validation, judged at the whole tau, the averaged ones with ``ema_decay``. A run that was
+    killed goes on from its checkpoint: with one thread on a CPU it ends with the same weights, bit for bit, as one that
+    was not. A finished run is loaded, not repeated. The model is left in eval mode with its last weights.
 
     Args:
         model: images [B, 3, H, W] to logits [B, classes].

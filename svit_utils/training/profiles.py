@@ -232,8 +232,13 @@ def build_model(
         model = create_model(profile.model, num_classes=num_classes, img_size=size, pretrained=pretrained)
         if profile.start.endswith(".safetensors"):
             load_weights(model, profile.start)
-    else:
+    elif (profile.model, num_classes) == (SMALL_VIT, 10):
         model = load_embedded(profile.start)
+    else:
+        raise ValueError(
+            f"the start {profile.start!r} is a {SMALL_VIT} with 10 classes, but the model is {profile.model} with "
+            f"{num_classes}: use 'pretrained', 'scratch' or a .safetensors file"
+        )
     if sparse:
         threshold = profile.threshold if learnable is None else LearnableThreshold(profile.threshold, per=learnable)
         sparsify(model, threshold, layers=layers, empty_rows=profile.empty_rows)
