@@ -62,6 +62,10 @@ test-unit: $(STAMP) ## unit, property and parity tests
 test-notebooks: $(STAMP) ## run every chapter and compare its stored outputs
 	$(ONE_THREAD) $(PY) -m pytest -q --nbval notebooks -n $(JOBS) --dist loadfile
 
+.PHONY: test-alone
+test-alone: $(STAMP) ## each chapter alone in an empty folder, with the wheel installed
+	SVIT_ALONE=1 $(ONE_THREAD) $(PY) -m pytest -q tests/infra/test_wheel.py -n $(JOBS)
+
 .PHONY: test-mutants
 test-mutants: $(STAMP) ## the two quickest chapters must notice a broken operator
 	$(PY) tools/mutants.py --quick --jobs $(JOBS)

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds, and an environment without SVIT_* settings: a test that needs one sets it."""
-    for name in [name for name in os.environ if name.startswith("SVIT_") and name != "SVIT_BROWSER"]:
+    for name in [name for name in os.environ if name.startswith("SVIT_") and name != "SVIT_ALONE"]:
         monkeypatch.delenv(name)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code draws from the global generator

@@ -39,7 +39,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab of this environment, with the notebooks copied so that saving changes nothing here."""
+    """The address of a JupyterLab of this environment; the notebooks are copied, so that saving changes nothing."""
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(nbtools.NOTEBOOKS, home / "notebooks", ignore=shutil.ignore_patterns(".*"))
     with socket.socket() as free:

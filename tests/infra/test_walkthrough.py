@@ -1,0 +1,101 @@
+"""The walkthrough measures, reports failures, and writes pages that fetch nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import nbtools
+import walkthrough
+
+DRAW = """\
+import base64
+from IPython.display import display
+png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+data = {"image/png": base64.b64decode(png), "text/plain": "a pixel"}
+display(data, raw=True, metadata={"image/png": {"alt": 'A "quoted" pixel & <more>'}})"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    """A small book of two chapters, the second of which fails, walked through once."""
+    root = tmp_path_factory.mktemp("book")
+    (root / "notebooks").mkdir()
+    good = [
+        new_markdown_cell("[Open in Colab](https://example.org)", id=nbtools.LINKS_ID),
+        new_markdown_cell("# First, with $\\tau$\n\n$$R = p - \\tau$$"),
+        new_code_cell(DRAW),
+        new_code_cell("block = bytearray(300 * 1024 * 1024)\nimport time; time.sleep(0.5); del block"),
+        new_code_cell("print('seven  is\\nprime')", metadata={"tags": ["headline"]}),
+    ]
+    bad = [new_markdown_cell("# Second"), new_code_cell("1 / 0"), new_code_cell("print('not reached')")]
+    nbformat.write(new_notebook(cells=good), root / "notebooks" / "01_good.ipynb")
+    nbformat.write(new_notebook(cells=bad), root / "notebooks" / "02_bad.ipynb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nbtools, "NOTEBOOKS", root / "notebooks")
+        patch.setattr(nbtools, "ROOT", root)
+        patch.setattr(walkthrough, "BUILD", root / "build")
+        patch.setattr(walkthrough, "RESULT", root / "results" / "walkthrough.csv")
+        status = walkthrough.main([])
+        first = walkthrough.main(["01"])
+    return root, status, first
+
+
+def test_status_and_measurements(world) -> None:
+    import json
+
+    root, status, first = world
+    assert (status, first) == (1, 0)
+    summary = json.loads((root / "build" / "summary.json").read_text())
+    [chapter] = summary["chapters"]  # of the second walk, through chapter 1 only
+    assert chapter["headline"] == "seven is prime"
+    assert chapter["title"] == "First, with $\\tau$"
+    assert 300 < chapter["peak_memory_mb"] < 1500
+    assert 0.5 / 60 < chapter["minutes"] < 2
+    assert not (root / "results" / "walkthrough.csv").exists()  # neither a failed nor a partial walk is a result
+
+
+def test_the_failed_chapter_has_a_page_too(world) -> None:
+    root, *_ = world
+    assert "ZeroDivisionError" in (root / "build" / "02_bad.html").read_text()
+
+
+def test_the_page_fetches_nothing_and_keeps_alt_text(world) -> None:
+    root, *_ = world
+    page = (root / "build" / "01_good.html").read_text()
+    fetched = re.findall(r"""<(?:script|img|iframe|source)[^>]*\bsrc=["']?([^"'\s>]+)""", page)
+    fetched += re.findall(r"""<link[^>]*\bhref=["']?([^"'\s>]+)""", page)
+    assert [address for address in fetched if not address.startswith(("data:", "mathjax/"))] == []
+    assert "mathjax/MathJax.js" in page
+    assert (root / "build" / "mathjax" / "MathJax.js").is_file()
+    for library in ("require.js", "require.min.js", "mermaid.esm", "unpkg.com", "cdnjs"):
+        assert library not in page
+    assert 'alt="A &quot;quoted&quot; pixel &amp; &lt;more&gt;"' in page or 'alt=\'A "quoted" pixel' in page
+    assert "Open in Colab" not in page
+
+
+def test_notebooks_stay_as_they_are(world) -> None:
+    root, *_ = world
+    notebook = nbtools.read(root / "notebooks" / "01_good.ipynb")
+    assert all(cell.execution_count is None and not cell.outputs for cell in nbtools.code_cells(notebook))
+
+
+def test_a_complete_walk_is_recorded_with_its_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import csv
+
+    monkeypatch.setattr(walkthrough, "RESULT", tmp_path / "results" / "walkthrough.csv")
+    outcome = walkthrough.Outcome("01_x", "X", 1.234, 567, "it, works")
+    walkthrough.write_results([outcome], walkthrough.provenance())
+    with (tmp_path / "results" / "walkthrough.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["chapter"], row["minutes"], row["peak_memory_mb"], row["headline"]) == (
+        "01_x",
+        "1.23",
+        "567",
+        "it, works",
+    )
+    assert {"command", "python", "torch", "timm", "commit", "date", "threads"} <= set(row)

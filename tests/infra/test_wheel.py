@@ -1,0 +1,86 @@
+"""The wheel carries what a chapter needs away from the repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import nbtools
+from nbtools import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files as pip lays them out, in a folder that stands first on PYTHONPATH."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run_away(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SVIT_")}
+    environment["PYTHONPATH"] = str(site)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_carries_the_checkpoints_and_the_results(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, inside, suffixes in [
+        ("data/checkpoints", "checkpoints", {".safetensors", ".json", ".md"}),
+        ("results", "results", {".csv", ".json", ".md"}),
+    ]:
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in suffixes:
+                assert f"svit_utils/_embedded/{inside}/{path.relative_to(ROOT / folder).as_posix()}" in names
+    assert "svit_utils/py.typed" in names
+    assert "svit_utils/_embedded/results/README.md" in names
+    # Nothing but the package and its metadata: a top-level `tools` or `tests` would get in everybody's way.
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"svit_utils"}
+
+
+def test_paths_point_into_the_wheel(site: Path, tmp_path: Path) -> None:
+    program = (
+        "import svit_utils; from svit_utils import paths; "
+        "print(svit_utils.__file__); print(paths.repo_root()); print(paths.checkpoints_dir()); "
+        "print(paths.results_dir()); print(paths.data_dir()); print(paths.weights_dir())"
+    )
+    done = run_away(site, tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    package = site / "svit_utils"
+    assert done.stdout.split() == [
+        str(package / "__init__.py"),
+        "None",
+        str(package / "_embedded" / "checkpoints"),
+        str(package / "_embedded" / "results"),
+        str(tmp_path / "data"),
+        "None",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", nbtools.chapters(), ids=lambda path: path.stem)
+def test_a_chapter_alone_runs_to_its_end(site: Path, tmp_path: Path, chapter: Path) -> None:
+    """One notebook file, an empty folder, the installed wheel: the stored outputs come out again."""
+    if not os.environ.get("SVIT_ALONE"):
+        pytest.skip("as long as the chapters themselves; set SVIT_ALONE=1 (make test-alone)")
+    (tmp_path / chapter.name).write_bytes(chapter.read_bytes())
+    done = run_away(site, tmp_path, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", chapter.name)
+    assert done.returncode == 0, done.stdout[-3000:]
