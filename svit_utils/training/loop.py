@@ -164,9 +164,9 @@ def train(
     """Train ``model`` in place; dense or sparse is decided before, by `svit_utils.sparsify`.
 
     With ``out_dir``, writes there ``metrics.csv``, ``checkpoint.pt``, ``last.safetensors`` and ``best.safetensors``:
-    the weights that were best on validation, judged at the whole tau, the averaged ones with ``ema_decay``. A run that was
-    killed goes on from its checkpoint: with one thread on a CPU it ends with the same weights, bit for bit, as one that
-    was not. A finished run is loaded, not repeated. The model is left in eval mode with its last weights.
+    the weights that were best on validation, judged at the whole tau, the averaged ones with ``ema_decay``. A run that
+    was killed goes on from its checkpoint: with one thread on a CPU it ends with the same weights, bit for bit, as one
+    that was not. A finished run is loaded, not repeated. The model is left in eval mode with its last weights.
 
     Args:
         model: images [B, 3, H, W] to logits [B, classes].
@@ -425,7 +425,7 @@ class _Metrics:
                 whole = [line for line in file if line.endswith("\n")]  # a kill can leave half a line at the end
             for row in csv.DictReader(whole):
                 if int(row["step"]) <= keep_until:
-                    self.rows.append({k: float(v) for k, v in row.items() if v})
+                    self.rows.append({k: float(v) for k, v in row.items() if v} | {"step": int(row["step"])})
         partial = self.path.with_name(f".{self.path.name}.partial")
         with open(partial, "w", newline="", encoding="utf-8") as file:
             writer = self._writer(file)
