@@ -1,8 +1,8 @@
 """CIFAR-10 (Krizhevsky 2009) in its original format: found on disk, else downloaded and checked, else a clear error.
 
 The files are read by torchvision, which checks the MD5 of each before it is opened. The download is ours, because
-torchvision knows one slow host only and unpacks in place: here the archive is fetched into a temporary folder beside its
-destination, checked, unpacked and checked again there, and moved into place in one step.
+torchvision knows one slow host only and unpacks in place: here the archive is fetched into a temporary folder beside
+its destination, checked, unpacked and checked again there, and moved into place in one step.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def cifar10(
 ) -> Cifar10:
     """CIFAR-10 as a dataset of (float32 [3, img_size, img_size], label).
 
-    The 50,000 training images are split once and for all into 45,000 ("train") and 5,000 ("val", 500 of each class); the
-    10,000 of "test" are for reporting, not for choosing.
+    The 50,000 training images are split once and for all into 45,000 ("train") and 5,000 ("val", 500 of each class);
+    the 10,000 of "test" are for reporting, not for choosing.
 
     Args:
         split: "train", "val" or "test".
@@ -148,7 +148,7 @@ def _expected() -> dict[str, str]:
     """File name to MD5, for every file of the set, as torchvision checks them."""
     from torchvision.datasets import CIFAR10
 
-    files = {name: md5 for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]}
+    files: dict[str, str] = dict([*CIFAR10.train_list, *CIFAR10.test_list])
     files[CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
     return files
 
@@ -229,7 +229,8 @@ def _missing(folder: Path, tried: Sequence[str], download: bool) -> str:
         lines.append("Nothing was downloaded: " + ("the list of mirrors is empty." if download else "download=False."))
     lines += [
         f"Put the folder {FOLDER}/ (or the archive cifar-10-python.tar.gz) into {folder},",
-        f"or set SVIT_DATA_DIR to the folder that holds it, or {MIRRORS_VARIABLE} to an address that serves the archive.",
+        "or set SVIT_DATA_DIR to the folder that holds it,",
+        f"or {MIRRORS_VARIABLE} to an address that serves the archive.",
     ]
     return "\n".join(lines)
 

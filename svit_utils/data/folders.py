@@ -61,8 +61,8 @@ def image_folder(
 
     Args:
         root: the folder of the set.
-        split: "train", "val" or "test" (folders called "validation" and the like are recognised), or None when the class
-            folders lie directly in ``root``.
+        split: "train", "val" or "test" (folders called "validation" and the like are recognised), or None when the
+            class folders lie directly in ``root``.
         img_size: side in pixels.
         augment: random resized crop and flip; else resize and centre crop, keeping ``crop_pct`` of the side.
         transform: applied to the PIL image in place of all that.
@@ -113,7 +113,8 @@ def _split_folder(base: Path, split: str | None) -> Path:
     if split not in present:
         wanted = " or ".join(f"{alias}/" for alias in SPLIT_FOLDERS[split])
         raise DataNotFoundError(
-            f"{base} has no folder {wanted}; found: {_listing(base)}. With the class folders directly in it, leave split=None."
+            f"{base} has no folder {wanted}; found: {_listing(base)}. "
+            "With the class folders directly in it, leave split=None."
         )
     if split != "train" and "train" in present:
         # The labels are places in the list of folders, so two different lists would give one class two labels.

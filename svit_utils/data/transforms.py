@@ -1,5 +1,5 @@
-"""From a PIL picture to a normalised tensor. Every random choice is drawn from torch's generator, so seeding or restoring
-that generator repeats it."""
+"""From a PIL picture to a normalised tensor. Every random choice is drawn from torch's generator, so seeding or
+restoring that generator repeats it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 
 
 def normalisation(choice: Normalisation) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, from a name in ``NORMALISATIONS`` or a pair (mean, std) of three numbers.
+    """Mean and standard deviation per channel, by a name in ``NORMALISATIONS`` or a pair (mean, std) of three numbers.
 
     A timm model wants its own: ``(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])``.
     """
@@ -37,7 +37,7 @@ def small_picture_transform(
     native: int, img_size: int | None, augment: bool, normalise: Normalisation
 ) -> Callable[[Any], Tensor]:
     """For pictures of one small size (CIFAR): crop with an eighth of padding and flip when ``augment``, then resize
-    (bicubic) to ``img_size``, then normalise. The crop comes before resizing: the same picture, a fiftieth of the work."""
+    (bicubic) to ``img_size``, then normalise. The crop comes before resizing: it is much less work."""
     from torchvision import transforms as T
 
     steps: list[Any] = []
