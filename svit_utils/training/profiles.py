@@ -111,7 +111,7 @@ PROFILES = {
             model=SMALL_VIT,
             img_size=56,
             start="planted_dense_start",
-            config=TrainConfig(steps=60, batch_size=64, lr=5e-4, warmup_steps=3, tau_warmup_steps=30, log_every=5),
+            config=TrainConfig(steps=60, batch_size=32, lr=5e-4, warmup_steps=3, tau_warmup_steps=30, log_every=5),
             val_images=500,
             test_images=1000,
         ),
