@@ -37,13 +37,14 @@ CARD = (
 )
 
 
-def run_design(design: Design, *, out: Path | None = None, only: list[str] | None = None) -> Path:
+def run_design(design: Design, *, out: Path | None = None, only: list[str] | None = None, anew: bool = False) -> Path:
     """Run every arm of ``design`` that is not recorded yet, and the small row that `check` compares with.
 
     Args:
         design: what to run.
         out: folder of the results files; ``results/`` of the repository by default.
         only: names of arms to run; all by default.
+        anew: run again what is recorded, from the first step.
 
     Returns:
         The CSV file.
@@ -60,23 +61,24 @@ def run_design(design: Design, *, out: Path | None = None, only: list[str] | Non
         if only is not None and arm.name not in only:
             continue
         for size in ("full", "small") if arm is design.arms[0] else ("full",):
-            if is_recorded(path, arm.name, size):
+            if not anew and is_recorded(path, arm.name, size):
                 print(f"{design.name}/{arm.name} ({size}): recorded already")
                 continue
-            row, correct = run_arm(design, arm, size=size)
+            row, correct = run_arm(design, arm, size=size, resume=not anew)
             _record(design, path, row, correct)
             took = f"in {row['seconds']:.0f} s"
             print(f"{design.name}/{arm.name} ({size}): test accuracy {row['test_accuracy']:.4f} {took}", flush=True)
     return path
 
 
-def run_arm(design: Design, arm: Arm, *, size: str = "full") -> tuple[dict[str, Any], np.ndarray]:
+def run_arm(design: Design, arm: Arm, *, size: str = "full", resume: bool = True) -> tuple[dict[str, Any], np.ndarray]:
     """Train and evaluate one arm.
 
     Args:
         design: the design the arm belongs to.
         arm: the arm.
         size: ``"full"``, or ``"small"`` for the few steps that a check reruns.
+        resume: go on from the checkpoint of an interrupted run.
 
     Returns:
         The row to record, and which test images were right (bool array).
@@ -91,7 +93,7 @@ def run_arm(design: Design, arm: Arm, *, size: str = "full") -> tuple[dict[str, 
     loss = float("nan")
     for stage, (steps, train_set) in enumerate(_stages(arm)):
         out_dir = None if work is None else work / f"stage{stage}"
-        loss = train(model, train_set, None, _config(arm, steps), out_dir=out_dir).final_loss
+        loss = train(model, train_set, None, _config(arm, steps), out_dir=out_dir, resume=resume).final_loss
     judged: nn.Module = torch.compile(model) if arm.compile else model  # type: ignore[assignment]
     validation = evaluate(judged, val, batch_size=50, precision=arm.precision)
     reported = evaluate(judged, test, batch_size=50, precision=arm.precision)
