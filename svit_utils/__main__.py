@@ -16,7 +16,6 @@ COMMANDS = {
     "train": "train or fine-tune a model, dense or sparse",
     "evaluate": "accuracy and sparsity of a checkpoint",
     "experiment": "run a recorded experiment, or what is missing of it (results/)",
-    "experiment": "run a recorded experiment, or what is missing of it",
     "explain": "attention maps, rollout and Grad-CAM of a checkpoint, exported as files",
 }
 

@@ -20,7 +20,8 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         main(["trian"])
     assert stopped.value.code == 2
-    assert all(name in capsys.readouterr().err for name in COMMANDS)
+    message = capsys.readouterr().err
+    assert all(name in message for name in COMMANDS)
 
 
 def test_the_package_and_the_doctor_import_nothing_heavy() -> None:
