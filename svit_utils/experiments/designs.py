@@ -44,7 +44,7 @@ class Arm:
     threshold: float | None = None
     tau_warmup: float = 0.0
     empty_rows: str = "dense"
-    steps: int = 250
+    steps: int = 150
     batch_size: int = 64
     lr: float = 5e-4
     weight_decay: float = 0.05
@@ -52,7 +52,7 @@ class Arm:
     warmup: int = 10
     augment: bool = False
     curriculum: tuple[int, ...] = ()
-    precision: str = "bf16"
+    precision: str = "fp32"
     compile: bool = False
     seed: int = 0
     val_images: int = 1000
@@ -93,6 +93,7 @@ def _planted_start() -> tuple[Arm, ...]:
             start="scratch",
             steps=1200,
             curriculum=(150, 150),
+            precision="bf16",
             lr=1e-3,
             warmup=50,
             save_as="planted_dense_start",
@@ -131,6 +132,7 @@ def _deit(name: str, threshold: float | None, tau_warmup: float, lr: float, seed
         lr=lr,
         warmup=20,
         augment=True,
+        precision="bf16",
         compile=True,
         seed=seed,
         val_images=500,
