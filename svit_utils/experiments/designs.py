@@ -98,6 +98,8 @@ def _planted_start() -> tuple[Arm, ...]:
             warmup=50,
             save_as="planted_dense_start",
         ),
+        # A second cosine from where the first ended.
+        Arm("start-continued", steps=500, lr=7e-4, warmup=20, save_as="planted_dense_start"),
     )
 
 
