@@ -90,6 +90,10 @@ links: $(STAMP) ## stamp the Colab and Binder links (REPO=owner/name where pypro
 checkpoints: $(STAMP) ## train the shipped checkpoints anew (hours on a CPU)
 	$(PY) tools/make_checkpoints.py
 
+.PHONY: results
+results: $(STAMP) ## write the results in README.md from results/
+	$(PY) tools/readme_results.py
+
 .PHONY: check-results
 check-results: $(STAMP) ## rerun one row of each results file at small size and compare
 	$(PY) tools/check_results.py

@@ -1,0 +1,73 @@
+"""README and recorded results agree, and the shipped checkpoints are what their cards say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from svit_utils.data import PlantedShapes
+from svit_utils.experiments import DESIGNS
+from svit_utils.experiments.check import check_design
+from svit_utils.experiments.run import recorded
+from svit_utils.models import load_embedded, read_card
+from svit_utils.paths import checkpoints_dir, results_dir
+from svit_utils.training import evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS = sorted(checkpoints_dir().glob("*.safetensors"))
+PLANTED = [path for path in CHECKPOINTS if path.stem.startswith("planted")]
+PROVENANCE = ("command", "torch", "timm", "device", "threads", "commit", "date", "seed", "empty_rows")
+
+
+def test_the_readme_shows_what_the_results_hold() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import readme_results
+    finally:
+        sys.path.pop(0)
+    now = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert now == readme_results.stamped(now, readme_results.block(results_dir())), "run `make results`"
+
+
+def test_every_recorded_row_says_where_it_comes_from() -> None:
+    rows = [row for name in DESIGNS for row in recorded(results_dir() / f"{name}.csv")]
+    assert len(rows) > 10
+    for row in rows:
+        assert all(row[key] != "" for key in PROVENANCE), row["name"]
+        assert "/" not in row["command"].replace("svit_utils/", ""), row["command"]
+
+
+def test_checkpoints_are_small_and_carry_a_card() -> None:
+    assert len(PLANTED) >= 7
+    for path in CHECKPOINTS:
+        assert path.stat().st_size < 4e6
+        card = read_card(path)
+        assert {"data", "steps", "seed", "test_accuracy", "empty_rows", "commit"} <= set(card), path.name
+
+
+@pytest.mark.parametrize("path", PLANTED, ids=lambda p: p.stem)
+def test_an_erased_object_leaves_chance(path: Path) -> None:
+    model = load_embedded(path.stem)
+    whole = evaluate(model, PlantedShapes("test", 200)).accuracy
+    erased = evaluate(model, PlantedShapes("test", 200, erase_object=True)).accuracy
+    assert whole > 0.8
+    assert erased < 0.2  # chance is 0.1; four standard deviations of 200 guesses are 0.085
+
+
+def test_the_dense_start_is_right_on_unseen_pictures() -> None:
+    torch.manual_seed(0)
+    assert evaluate(load_embedded("planted_dense_start"), PlantedShapes("test", 1000)).accuracy >= 0.95
+
+
+def test_a_result_still_comes_out_of_this_code_and_the_check_can_fail(tmp_path: Path) -> None:
+    design = DESIGNS["planted_start"]
+    assert check_design(design).passed is True
+    text = (results_dir() / "planted_start.csv").read_text(encoding="utf-8")
+    small = next(row for row in recorded(results_dir() / "planted_start.csv") if row["size"] == "small")
+    wrong = text.replace(small["test_loss"], str(float(small["test_loss"]) + 1.0))
+    (tmp_path / "planted_start.csv").write_text(wrong, encoding="utf-8")
+    assert check_design(design, folder=tmp_path).passed is False
+    assert check_design(design, folder=tmp_path / "none").passed is None
