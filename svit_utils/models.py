@@ -55,8 +55,11 @@ def create_model(
     folder = weights_dir()
     local = None if folder is None else folder / f"{name}.safetensors"
     if local is not None and local.is_file():
+        resize = kwargs.pop("img_size", None)
         model = timm.create_model(name, **kwargs)
         load_weights(model, local)
+        if resize is not None:
+            _set_img_size(model, name, resize)
         if num_classes != model.num_classes:
             model.reset_classifier(num_classes)  # type: ignore[operator]
         return model
@@ -68,6 +71,13 @@ def create_model(
             f"download failed ({type(error).__name__}). Put {name}.safetensors, with timm's key names, into a folder "
             "and set SVIT_WEIGHTS_DIR to it."
         ) from error
+
+
+def _set_img_size(model: nn.Module, name: str, img_size: int) -> None:
+    """Resample the position embeddings, as timm does with weights that it downloads."""
+    if not hasattr(model, "set_input_size"):
+        raise ValueError(f"{name} takes its weights' own image size only; leave img_size out")
+    model.set_input_size(img_size=img_size)  # type: ignore[operator]
 
 
 def load_embedded(name: str) -> nn.Module:

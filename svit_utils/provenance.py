@@ -37,11 +37,18 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line without the folders of this machine."""
+    """The command line without the folders of this machine: of an absolute path only the last part is kept."""
     program = Path(sys.argv[0])
+    arguments = [_without_folders(argument) for argument in sys.argv[1:]]
     if program.name == "__main__.py":
-        return shlex.join(["python", "-m", program.parent.name, *sys.argv[1:]])
-    return shlex.join([program.name, *sys.argv[1:]])
+        return shlex.join(["python", "-m", program.parent.name, *arguments])
+    return shlex.join([program.name, *arguments])
+
+
+def _without_folders(argument: str) -> str:
+    """``--out=/home/ann/runs/a`` becomes ``--out=a``."""
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}"
 
 
 def _processor() -> str:

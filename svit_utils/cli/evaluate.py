@@ -7,7 +7,13 @@ import json
 import sys
 from typing import Any
 
-from svit_utils.cli.train import add_profile_arguments, add_threshold_arguments, chosen_profile
+from svit_utils.cli.train import (
+    add_profile_arguments,
+    add_threads_argument,
+    add_threshold_arguments,
+    chosen_profile,
+    set_threads,
+)
 
 EXAMPLES = """examples:
   python -m svit_utils evaluate                         the profile's start, dense
@@ -30,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--tracked", type=int, default=100, help="images the sparsity is measured on (default: %(default)s)"
     )
+    add_threads_argument(how)
     how.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
@@ -52,6 +59,7 @@ def _run(options: argparse.Namespace) -> int:
     from svit_utils.paths import checkpoints_dir
     from svit_utils.training import build_data, build_model, evaluate
 
+    set_threads(options)
     profile = chosen_profile(options)
     card: dict[str, str] = {}
     if profile.start.endswith(".safetensors"):

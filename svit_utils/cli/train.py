@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-every", type=int, metavar="STEPS", help="look at the validation images so often (0: at the end)"
     )
     run_.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="write a checkpoint so often")
+    add_threads_argument(run_)
     run_.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -91,6 +92,28 @@ def add_threshold_arguments(group: Any) -> None:
         choices=("zero", "dense", "top1", "cap"),
         help="what a query gets when no key survives: nothing, its uncut weights, its largest key, or a lower tau",
     )
+
+
+def add_threads_argument(group: Any) -> None:
+    """How many processor threads; shared with `evaluate`."""
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="processor threads (default: all; with 1, runs repeat bit for bit)"
+    )
+
+
+def set_threads(options: argparse.Namespace) -> None:
+    """Put ``--threads`` into force.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if options.threads is None:
+        return
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    import torch
+
+    torch.set_num_threads(options.threads)
 
 
 def chosen_profile(options: argparse.Namespace) -> Any:
@@ -131,6 +154,9 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -140,6 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     from svit_utils.provenance import provenance
     from svit_utils.training import build_data, build_model, evaluate, train
 
+    set_threads(options)
     profile = chosen_profile(options)
     if options.steps is not None:
         if options.steps < 1:

@@ -205,9 +205,14 @@ def _record(design: Design, path: Path, row: dict[str, Any], correct: np.ndarray
     order = [arm.name for arm in design.arms]
     for target, part in ((path, "row"), (path.with_name(f"{path.stem}_correct.csv"), "bits")):
         rows = {(r["name"], r["size"]): r for r in [*recorded(target), *(f[part] for f in finished)]}
-        ordered = sorted(rows.values(), key=lambda r: (order.index(r["name"]), r["size"]))
+        # A row of an arm that the design no longer has, or with a column of its own, is kept: it was measured.
+        ordered = sorted(
+            rows.values(),
+            key=lambda r: (order.index(r["name"]) if r["name"] in order else len(order), r["name"], r["size"]),
+        )
+        columns = dict.fromkeys([*(row if part == "row" else bits), *(column for r in ordered for column in r)])
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(row if part == "row" else bits), lineterminator="\n")
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(ordered)
         _replace(target, text.getvalue())

@@ -36,8 +36,8 @@ def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Forget the run in ``folder``: a new one that is killed early must not go on from the old one's checkpoint."""
-    for name in (CHECKPOINT, f".{CHECKPOINT}.partial"):
+    """Forget the run in ``folder``: what is found there later must not be the old one's checkpoint or weights."""
+    for name in (CHECKPOINT, f".{CHECKPOINT}.partial", "best.safetensors", "last.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -67,9 +67,9 @@ def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
         raise CheckpointError(
             f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again, or pass resume=False"
         ) from error
-    if recorded != fingerprint:
+    if difference := _difference(recorded, fingerprint):
         raise CheckpointError(
-            f"the checkpoint {path} belongs to another run: {_difference(recorded, fingerprint)}. Choose another "
+            f"the checkpoint {path} belongs to another run: {difference}. Choose another "
             "out_dir, or pass resume=False to start again"
         )
     return state
@@ -83,12 +83,12 @@ def _check_sums(path: Path) -> None:
 
 
 def _difference(recorded: str, fingerprint: str) -> str:
-    """The entries in which two fingerprints differ, in words."""
+    """The recorded entries in which two fingerprints differ, in words; empty when there is none."""
     old, new = json.loads(recorded), json.loads(fingerprint)
     return ", ".join(
-        f"{name} was {old.get(name, 'absent')} and is {new.get(name, 'absent')}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        f"{name} was {old[name]} and is {new.get(name, 'absent')}"
+        for name in sorted(old)
+        if name not in new or old[name] != new[name]
     )
 
 

@@ -116,6 +116,8 @@ class TrainConfig:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be positive or None, got {self.clip_grad}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must lie in [0, 2**31), got {self.seed}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.schedule not in SCHEDULES:
@@ -202,7 +204,7 @@ def train(
     forward = torch.compile(prepared) if config.compile else prepared
     loss_of = _Loss(model, config)
 
-    fingerprint = _fingerprint(model, config, order)
+    fingerprint = _fingerprint(model, config, order)  # of the start: after processes share it, before it changes
     run = _Run()
     if folder is not None and not resume and accelerator.is_main_process:
         remove_checkpoint(folder)
@@ -448,7 +450,7 @@ def _prepare_folder(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of the same run may have been here first
     except OSError as error:
         raise OutputError(
             f"cannot write to the output folder {folder}: {error.strerror}; choose another out_dir"
@@ -518,12 +520,21 @@ def _warn_if_empty(model: nn.Module, dataset: Dataset, config: TrainConfig) -> N
 
 
 def _fingerprint(model: nn.Module, config: TrainConfig, order: _DataOrder) -> str:
-    """What must be the same for a checkpoint to fit: model, thresholds, recipe, size of the data, processes."""
+    """What must be the same for a checkpoint to fit: model, thresholds, start, recipe, size of the data, processes."""
     recipe = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "log_every", "num_workers")}
     shapes = "".join(f"{name}{tuple(p.shape)}" for name, p in model.state_dict().items())
     sparse = {name: f"{m.empty_rows} {m.threshold.extra_repr()}" for name, m in sparse_modules(model).items()}
     digest = hashlib.sha256((shapes + json.dumps(sparse)).encode()).hexdigest()[:12]
-    content = {"model": f"{type(model).__name__}-{digest}", "images": order.n, "processes": order.processes, **recipe}
+    start = hashlib.sha256()
+    for value in model.state_dict().values():
+        start.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    content = {
+        "model": f"{type(model).__name__}-{digest}",
+        "start": f"weights-{start.hexdigest()[:12]}",
+        "images": order.n,
+        "processes": order.processes,
+        **recipe,
+    }
     return json.dumps(content, sort_keys=True)
 
 

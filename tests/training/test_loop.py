@@ -298,7 +298,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     model = micro_vit()
     run(model, out_dir=tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"belongs to another run: model was \S+ and is \S+\. Choose another out_dir"
+        CheckpointError, match=r"belongs to another run: model was \S+ and is \S+, start was .*Choose another out_dir"
     ):
         run(micro_vit(embed_dim=16), out_dir=tmp_path)
     cut = micro_vit()
@@ -309,6 +309,11 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         run(micro_vit(), replace(CONFIG, lr=2e-2), out_dir=tmp_path)
     with pytest.raises(CheckpointError, match="images was 24 and is 20"):
         run(micro_vit(), data=images(20), out_dir=tmp_path)
+    elsewhere = micro_vit()
+    with torch.no_grad():
+        elsewhere.head.weight[0, 0] += 0.1
+    with pytest.raises(CheckpointError, match=r"run: start was weights-\w+ and is weights-\w+\. "):
+        run(elsewhere, out_dir=tmp_path)
     again = micro_vit()
     result = run(again, replace(CONFIG, log_every=3), out_dir=tmp_path)  # what does not change the result may differ
     assert result.steps == CONFIG.steps
@@ -316,10 +321,26 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_resume_false_forgets_the_old_run_before_it_starts(tmp_path: Path) -> None:
-    run(micro_vit(), out_dir=tmp_path)
+    run(micro_vit(), val=images(8), out_dir=tmp_path)
+    assert {"checkpoint.pt", "best.safetensors", "last.safetensors"} <= {p.name for p in tmp_path.iterdir()}
     with pytest.raises(NonFiniteLossError):
         run(micro_vit(), data=Broken(images(), after=0), out_dir=tmp_path, resume=False)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 1, "the columns' names only"
+
+
+def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
+    """Killed at step 5 of 6, after the checkpoint of step 4: row 5 goes, with the half line the kill left."""
+    with pytest.raises(NonFiniteLossError):
+        run(micro_vit(), data=Broken(images(), after=5 * 4), out_dir=tmp_path)
+    path = tmp_path / "metrics.csv"
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "1", "2", "3", "4", "5"]
+    path.write_text(path.read_text() + "6,0.12")
+    result = run(micro_vit(), out_dir=tmp_path)
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "1", "2", "3", "4", "5", "6"]
+    assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
+    unbroken = run(micro_vit())
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in unbroken.history]
 
 
 def test_no_write_permission_is_said_before_training(tmp_path: Path) -> None:
@@ -344,6 +365,7 @@ def test_warns_once_when_most_rows_are_empty(caplog: pytest.LogCaptureFixture) -
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*31\), got -1"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr": math.nan}, "lr must be positive, got nan"),
         ({"schedule": "linear"}, "schedule must be one of .*'linear'"),
@@ -399,7 +421,7 @@ def test_evaluate_leaves_the_generator_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def _one_of_two(folder: str) -> None:
+def _one_of_two(folder: str, accumulation: int) -> None:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     # The parent has trained alone, and Accelerate's memory of that came along with the fork.
@@ -407,25 +429,27 @@ def _one_of_two(folder: str) -> None:
     GradientState._reset_state()
     torch.set_num_threads(1)
     data, model = Recording(images()), micro_vit()
-    train(model, data, images(8), replace(CONFIG, batch_size=2), out_dir=folder, progress=False)
+    config = replace(CONFIG, batch_size=2 // accumulation, grad_accumulation=accumulation)
+    train(model, data, images(8), config, out_dir=folder, progress=False)
     state = PartialState()
     text = json.dumps({"processes": state.num_processes, "seen": data.seen, "head": model.head.weight.tolist()})
     (Path(folder) / f"rank{state.process_index}.json").write_text(text)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Accelerate's debug_launcher forks")
-def test_two_processes_share_the_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_share_the_batch(tmp_path: Path, accumulation: int) -> None:
     """Two processes of two images do what one does with four: the same images, the same weights in both."""
     from accelerate import debug_launcher
 
     alone, data = micro_vit(), Recording(images())
     train(alone, data, None, CONFIG, progress=False)
-    debug_launcher(_one_of_two, (str(tmp_path),), num_processes=2)
+    debug_launcher(_one_of_two, (str(tmp_path), accumulation), num_processes=2)
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert [rank["processes"] for rank in ranks] == [2, 2]
-    together = []
-    for step in range(CONFIG.steps):
-        a, b = (rank["seen"][2 * step : 2 * step + 2] for rank in ranks)
+    together, size = [], 2 // accumulation
+    for micro in range(CONFIG.steps * accumulation):
+        a, b = (rank["seen"][size * micro : size * (micro + 1)] for rank in ranks)
         together += a + b
     assert together == data.seen
     assert ranks[0]["head"] == ranks[1]["head"]

@@ -52,6 +52,17 @@ def test_local_weights_are_loaded_and_the_head_replaced(tmp_path: Path, monkeypa
     assert not torch.equal(one.get_classifier().weight, three.get_classifier().weight)
 
 
+def test_local_weights_at_another_image_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The position embeddings are resampled, as they are for weights that timm downloads."""
+    source = timm.create_model(TINY)
+    save_file(source.state_dict(), tmp_path / f"{TINY}.safetensors")
+    monkeypatch.setenv("SVIT_WEIGHTS_DIR", str(tmp_path))
+    model = create_model(TINY, pretrained=True, img_size=96)
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 10)
+    assert model.pos_embed.shape[1] == 1 + (96 // 16) ** 2
+    assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+
+
 def test_missing_weights_say_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVIT_WEIGHTS_DIR", str(tmp_path))
 
@@ -144,6 +155,15 @@ def test_provenance() -> None:
     assert list(found)[:2] == ["command", "seed"] and found["seed"] == 3 and found["note"] == "x"
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0] and found["timm"] == timm.__version__
     assert set(found) >= {"python", "torchvision", "device", "threads", "commit", "dirty", "date"}
+    assert found["threads"] == torch.get_num_threads() and isinstance(found["dirty"], bool)
+
+
+def test_the_recorded_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["/home/ann/svit_utils/__main__.py", "train", "--out", "/home/ann/runs/a", "--data=/mnt/b c", "--lr", "1"]
+    monkeypatch.setattr("sys.argv", given)
+    assert provenance()["command"] == "python -m svit_utils train --out a '--data=b c' --lr 1"
+    monkeypatch.setattr("sys.argv", ["/usr/bin/svit", "train", "--out", "runs/a"])
+    assert provenance()["command"] == "svit train --out runs/a"
 
 
 def test_train_and_evaluate_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +191,8 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, capsys: pytest.Captur
         (["train", "--profile", "smoke", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["train", "--profile", "smoke", "--dense", "--threshold", "0.1"], "--dense goes neither with --threshold"),
         (["train", "--profile", "smoke", "--layers", "9"], "unknown layer 9"),
+        (["train", "--profile", "smoke", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["train", "--profile", "smoke", "--seed", "-1"], "seed must lie in"),
         (["evaluate", "--profile", "smoke", "--weights", "absent"], "no shipped checkpoint 'absent'"),
         (["evaluate", "--profile", "smoke", "--weights", "absent.safetensors"], "absent.safetensors"),
     ],
