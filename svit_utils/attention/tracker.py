@@ -91,7 +91,8 @@ class TokenSparsityTracker:
 
     def __enter__(self) -> TokenSparsityTracker:
         for module in self._modules.values():
-            module.observers.append(self._observe)
+            if self._observe not in module.observers:  # entered twice, it still counts once
+                module.observers.append(self._observe)
         return self
 
     def __exit__(
