@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from svit_utils.attention import LearnableThreshold, sparsify
 from svit_utils.data import PlantedShapes, cifar10, image_folder, normalisation
 from svit_utils.models import SMALL_VIT, create_model, load_embedded, load_weights
 from svit_utils.training.loop import TrainConfig
+
+log = logging.getLogger(__name__)
 
 CIFAR10_TRAIN = 45_000  # images, see `svit_utils.data.cifar10`
 
@@ -198,8 +201,11 @@ def build_data(profile: Profile) -> DataSplits:
     else:
         train = image_folder(profile.data, "train", img_size=size, augment=profile.augment, normalise=normalise)
         val = image_folder(profile.data, "val", img_size=size, normalise=normalise)
-        has_test = (Path(profile.data) / "test").is_dir()
-        test = image_folder(profile.data, "test", img_size=size, normalise=normalise) if has_test else val
+        if (Path(profile.data) / "test").is_dir():
+            test = image_folder(profile.data, "test", img_size=size, normalise=normalise)
+        else:
+            log.warning("%s has no test/ folder: what is reported is on val/, which also chooses", profile.data)
+            test = val
     return DataSplits(train, _first(val, profile.val_images), _first(test, profile.test_images))
 
 
