@@ -1,4 +1,4 @@
-"""What chapter 2 writes out computes what the package computes: values and gradients of the notebook's own definitions."""
+"""What chapter 2 writes out computes what the package does: values and gradients of the notebook's definitions."""
 
 from __future__ import annotations
 
