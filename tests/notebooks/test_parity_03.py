@@ -71,9 +71,7 @@ def test_parameter_groups() -> None:
     theirs = {
         id(p): group["weight_decay"] for group in _param_groups(model, TrainConfig(steps=1)) for p in group["params"]
     }
-    ours = {
-        id(p): group["weight_decay"] for group in taught("parameter_groups")(model, 0.05) for p in group["params"]
-    }
+    ours = {id(p): group["weight_decay"] for group in taught("parameter_groups")(model, 0.05) for p in group["params"]}
     assert ours == theirs and set(ours.values()) == {0.0, 0.05}
 
 
