@@ -284,6 +284,9 @@ def _move(made: Path, destination: Path) -> None:
 def _remove_stale(folder: Path) -> None:
     """Clear what a killed process could not."""
     for left in folder.glob(_PARTIAL + "*"):
-        newest = max((p.stat().st_mtime for p in [left, *left.rglob("*")]), default=0.0)
+        try:
+            newest = max(p.stat().st_mtime for p in [left, *left.rglob("*")])
+        except FileNotFoundError:  # another process is at work in there, or has just cleared it up
+            continue
         if time.time() - newest > _STALE_S:
             shutil.rmtree(left, ignore_errors=True)

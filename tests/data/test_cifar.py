@@ -374,6 +374,15 @@ def test_two_at_once_both_get_the_set(tiny: object, tmp_path: Path, server: Serv
     assert left_in(tmp_path) == [cifar.FOLDER]
 
 
+def test_another_process_clears_up_while_we_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = tmp_path / f"{cifar._PARTIAL}abc"
+    partial.mkdir()
+    # What the directory listing still names and the disk no longer has.
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter([self / "gone.tar.gz"]))
+    cifar._remove_stale(tmp_path)
+    assert partial.exists()
+
+
 def test_no_write_permission(tiny: object, tmp_path: Path, server: Server) -> None:
     """A path below a regular file can be written by nobody, not even by root."""
     (tmp_path / "file").write_text("x")
