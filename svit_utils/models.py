@@ -38,11 +38,15 @@ def create_model(
 
     Raises:
         WeightsError: pretrained weights neither found nor downloadable, damaged, or of another model.
-        ValueError: unknown name.
+        ValueError: unknown name, or an img_size that `small_vit` cannot cut into patches.
     """
     if name == SMALL_VIT:
         if pretrained:
             raise ValueError(f"{SMALL_VIT} has no pretrained weights; use load_embedded for the shipped checkpoints")
+        if img_size is not None and (img_size < 4 or img_size % 4):
+            raise ValueError(
+                f"{SMALL_VIT} cuts images into patches of 4 pixels: img_size must be a multiple of 4, got {img_size}"
+            )
         return VisionTransformer(
             img_size=img_size or 56, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=num_classes, **kwargs
         )

@@ -47,6 +47,10 @@ class SparseAttentionMixin(nn.Module):
         if "observers" not in self.__dict__:
             self.observers = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Observers watch this module, not its copies: without this, deepcopy and pickle would take them along.
+        return {**self.__dict__, "observers": []}
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """[B, H, N, D] each to [B, H, N, D]: the one line in which this module differs from timm's."""
         settings: dict[str, Any] = {

@@ -280,5 +280,5 @@ class _Totals:
 
 
 def has_class_token(model: nn.Module) -> bool:
-    """Whether the first token of the model is a class token (timm's ``cls_token``, also inside ``embeds``)."""
-    return any(getattr(part, "cls_token", None) is not None for part in (model, getattr(model, "embeds", None)))
+    """Whether the first token of the model is a class token (timm's ``cls_token``, also in a part of the model)."""
+    return any(getattr(part, "cls_token", None) is not None for part in model.modules())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -306,6 +308,27 @@ def test_observers_go_with_the_block_even_after_an_exception():
     with TokenSparsityTracker(model) as tracker:
         densify(model)
     assert not tracker._totals
+
+
+def test_copies_of_a_watched_model_are_not_watched():
+    model = vit()
+    sparsify(model, TAU)
+    images = torch.randn(1, 3, 32, 32)
+    with TokenSparsityTracker(model) as tracker, torch.no_grad():
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not any(m.observers for m in sparse_modules(other).values())
+            other(images)
+        assert not tracker._totals
+        model(images)
+    assert tracker.table()["layer"].nunique() == 3
+
+
+def test_a_wrapped_model_has_class_rows():
+    model = vit()
+    sparsify(model, TAU)
+    with TokenSparsityTracker(nn.Sequential(model)) as tracker, torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert set(tracker.table()["queries"]) == {"all", "class"}
 
 
 def test_heatmap():

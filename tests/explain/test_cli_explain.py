@@ -57,3 +57,45 @@ def test_bad_input_is_one_line_and_status_two(arguments, message, capsys):
     assert invoke(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_is_shown_as_it_was_trained(tmp_path, capsys):
+    notes = {}
+    for name, options in {
+        "cut": [],
+        "dense": ["--dense"],
+        "other": ["--threshold", "0.1", "--empty-rows", "zero"],
+    }.items():
+        out = tmp_path / f"{name}.npz"
+        arguments = (
+            "--checkpoint",
+            "planted_sparse_seed0",
+            "--methods",
+            "attention",
+            "--no-overlays",
+            "--indices",
+            "0",
+        )
+        assert invoke(*arguments, "--out", str(out), *options) == 0
+        maps, notes[name] = load_maps(out)
+        notes[name]["zeros"] = int((maps["attention"] == 0).sum())
+    assert (notes["cut"]["threshold"], notes["cut"]["empty_rows"]) == (0.01, "dense")
+    assert (notes["dense"]["threshold"], notes["dense"]["empty_rows"]) == (None, None)
+    assert (notes["other"]["threshold"], notes["other"]["empty_rows"]) == (0.1, "zero")
+    printed = capsys.readouterr().out
+    assert "cut at tau = 0.01" in printed and "dense; 1 maps" in printed and "cut at tau = 0.1;" in printed
+    assert notes["dense"]["zeros"] == 0 < notes["cut"]["zeros"] < notes["other"]["zeros"]
+
+
+def test_a_trained_file_with_a_learned_tau_comes_back_as_it_was(tmp_path):
+    from svit_utils.attention import LearnableThreshold, sparsify
+    from svit_utils.models import create_model, save_weights
+
+    model = create_model("small_vit", num_classes=7)
+    sparsify(model, LearnableThreshold(0.003, per="layer"), empty_rows="cap")
+    card = {"model": "small_vit", "num_classes": "7", "threshold": "0.003", "learnable": "layer", "empty_rows": "cap"}
+    path = save_weights(model, tmp_path / "model.safetensors", card)
+    out = tmp_path / "maps.npz"
+    assert invoke("--checkpoint", str(path), "--methods", "attention", "--no-overlays", "--out", str(out)) == 0
+    assert load_maps(out)[1]["empty_rows"] == "cap"
+    assert invoke("--checkpoint", str(path), "--dense", "--out", str(out)) == 2

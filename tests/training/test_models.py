@@ -32,6 +32,8 @@ def test_unknown_models_are_refused() -> None:
         create_model("vit_bse")
     with pytest.raises(ValueError, match="small_vit has no pretrained weights"):
         create_model("small_vit", pretrained=True)
+    with pytest.raises(ValueError, match="img_size must be a multiple of 4, got 57"):
+        create_model("small_vit", img_size=57)
 
 
 def test_local_weights_are_loaded_and_the_head_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
