@@ -102,7 +102,9 @@ def provenance_line(rows: list[Row]) -> str:
         return ", ".join(sorted({row[key] for row in rows}))
 
     modes = values("empty_rows")
+    commits = {row["commit"] + (" with uncommitted changes" if row["dirty"] == "True" else "") for row in rows}
     return (
-        f"Empty rows: `{modes}`. Recorded {values('date')} on {values('device')} with torch {values('torch')}, timm "
-        f"{values('timm')}; commits {values('commit')}; intervals: 95 %, paired bootstrap over the test images."
+        f'Sparse arms: `empty_rows="{modes}"`. Recorded {values("date")} on {values("device")} with torch '
+        f"{values('torch')}, timm {values('timm')}; commits {', '.join(sorted(commits))}; "
+        "intervals: 95 %, paired bootstrap over the test images."
     )
