@@ -32,9 +32,15 @@ def block(folder: Path) -> str:
         parts.append("\n".join(lines) + "\n" if lines else "Not run yet.\n")
         if lines and source:
             parts.append(provenance_line(source) + "\n")
+    tried = [row for row in recorded(folder / "vit_base_smoke.csv") if row["size"] == "full"]
+    smoke = (
+        f", and only tried at smoke size: {tried[0]['steps']} steps from random weights run to their end"
+        if tried
+        else ""
+    )
     parts.append(
         "ViT-Base, the card's model, is not tested: its weights are not part of this repository "
-        "(`python -m svit_utils train --profile paper` is the command).\n"
+        f"(`python -m svit_utils train --profile paper` is the command){smoke}.\n"
     )
     return "\n".join(parts)
 

@@ -63,13 +63,13 @@ class Arm:
         """The same arm at a size that a check can rerun in seconds."""
         return replace(
             self,
-            steps=4,
-            batch_size=8,
+            steps=min(self.steps, 4),
+            batch_size=min(self.batch_size, 8),
             warmup=0,
             curriculum=tuple(min(steps, 2) for steps in self.curriculum),
             compile=False,
-            val_images=32,
-            test_images=100,
+            val_images=min(self.val_images, 32),
+            test_images=min(self.test_images, 100),
             save_as=None,
         )
 
@@ -172,6 +172,24 @@ def _vit56_cifar10() -> tuple[Arm, ...]:
     )
 
 
+def _vit_base_smoke() -> tuple[Arm, ...]:
+    recipe = Arm(
+        "",
+        data="cifar10",
+        model="vit_base_patch16_224",
+        img_size=224,
+        start="scratch",
+        steps=2,
+        batch_size=2,
+        lr=3e-4,
+        warmup=0,
+        augment=True,
+        val_images=8,
+        test_images=16,
+    )
+    return replace(recipe, name="dense"), replace(recipe, name="sparse", threshold=0.01)
+
+
 DESIGNS: dict[str, Design] = {
     design.name: design
     for design in (
@@ -180,6 +198,7 @@ DESIGNS: dict[str, Design] = {
         Design("planted_sweep", "tau, each fine-tuned from the same start", _planted_sweep(), 0.05, 0.20),
         Design("deit_cifar10", "DeiT-Tiny fine-tuned on CIFAR-10 at 224 px", _deit_cifar10(), 0.10, 0.20),
         Design("vit56_cifar10", "The small ViT from scratch on CIFAR-10 at 56 px", _vit56_cifar10(), 0.08, 0.10),
+        Design("vit_base_smoke", "ViT-Base, two steps from random weights: that it runs", _vit_base_smoke(), 0.2, 0.3),
     )
 }
 
