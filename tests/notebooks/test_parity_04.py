@@ -143,7 +143,11 @@ def test_verdicts() -> None:
     below = SimpleNamespace(low=-0.2, high=-0.1)
     assert judge(above, above) == "holds"
     assert judge(below, below) == "does not hold: sparse is worse"
-    assert judge(across) == judge(across, above) == "open: no difference shown"
+    assert judge(across, above) == "open: no difference shown"
+    one_seed = "one seed does not speak of the method"
+    assert judge(across) == f"open: no difference shown; {one_seed}"
+    assert judge(above) == f"open: sparse is better in this pair; {one_seed}"
+    assert judge(below) == f"open: sparse is worse in this pair; {one_seed}"
     assert judge(below, across).startswith("does not hold in these runs") and "too few seeds" in judge(below, across)
     assert judge(above, across).startswith("open: better in these runs")
     assert judge() == judge(above, None) == "not testable here"
