@@ -75,7 +75,7 @@ def test_a_design_leaves_rows_bits_and_the_checkpoint(repo: Path, monkeypatch: p
     assert [(b["name"], b["size"]) for b in bits] == named
     for row, b in zip(rows, bits):
         correct = unpack(b["correct"], int(b["n"]))
-        assert len(correct) == int(b["n"]) == (9 if row["size"] == "full" else 100)
+        assert len(correct) == int(b["n"]) == 9
         assert round(float(correct.mean()), 4) == float(row["test_accuracy"])
 
     with safe_open(repo / "checkpoints" / "micro_dense.safetensors", framework="pt") as file:

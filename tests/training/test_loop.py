@@ -422,11 +422,8 @@ def test_evaluate_leaves_the_generator_alone() -> None:
 
 
 def _one_of_two(folder: str, accumulation: int) -> None:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import PartialState
 
-    # The parent has trained alone, and Accelerate's memory of that came along with the fork.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     torch.set_num_threads(1)
     data, model = Recording(images()), micro_vit()
     config = replace(CONFIG, batch_size=2 // accumulation, grad_accumulation=accumulation)
@@ -436,15 +433,31 @@ def _one_of_two(folder: str, accumulation: int) -> None:
     (Path(folder) / f"rank{state.process_index}.json").write_text(text)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Accelerate's debug_launcher forks")
+def launch_two(rendezvous: Path, function: Any, *args: Any) -> None:
+    """Accelerate's ``debug_launcher``, with processes that start anew: it forks, and torch does not allow autograd in
+    the fork of a process that has used it."""
+    from accelerate.utils import PrepareForLaunch, patch_environment
+    from torch.multiprocessing import start_processes
+
+    with patch_environment(
+        world_size=2,
+        master_addr="127.0.0.1",
+        master_port="29500",
+        accelerate_mixed_precision="no",
+        accelerate_debug_rdv_file=str(rendezvous),
+        accelerate_use_cpu="yes",
+        gloo_socket_ifname="lo",
+    ):
+        start_processes(PrepareForLaunch(function, debug=True), args=args, nprocs=2, start_method="spawn")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the rendezvous file is not shared on Windows")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_share_the_batch(tmp_path: Path, accumulation: int) -> None:
     """Two processes of two images do what one does with four: the same images, the same weights in both."""
-    from accelerate import debug_launcher
-
     alone, data = micro_vit(), Recording(images())
     train(alone, data, None, CONFIG, progress=False)
-    debug_launcher(_one_of_two, (str(tmp_path), accumulation), num_processes=2)
+    launch_two(tmp_path / "rendezvous", _one_of_two, str(tmp_path), accumulation)
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert [rank["processes"] for rank in ranks] == [2, 2]
     together, size = [], 2 // accumulation
