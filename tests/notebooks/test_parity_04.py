@@ -25,6 +25,7 @@ SCOPE = {
     "torch": torch,
     "stats": stats,
     "Fraction": Fraction,
+    "TAU": 0.01,
     "SimpleNamespace": SimpleNamespace,
     "thresholded_softmax": thresholded_softmax,
 }
@@ -151,3 +152,36 @@ def test_verdicts() -> None:
     assert judge(below, across).startswith("does not hold in these runs") and "too few seeds" in judge(below, across)
     assert judge(above, across).startswith("open: better in these runs")
     assert judge() == judge(above, None) == "not testable here"
+
+
+def test_the_verdict_shows_the_wider_interval_and_how_many_seeds_it_has() -> None:
+    gain = taught("gain", needs=("points", "judge"))
+    crossed, student = (
+        SimpleNamespace(mean=-0.06, low=-0.08, high=-0.04),
+        SimpleNamespace(mean=-0.06, low=-0.2, high=0.1),
+    )
+    assert "-6.0 [-20.0, +10.0] points, the wider of" in gain([crossed, student])
+    assert "-6.0 [-8.0, -4.0] points, one seed, images only" in gain([crossed]) and gain([crossed]).startswith("open")
+    assert gain([]) == gain([None, None]) == "not testable here"
+
+
+def test_harm_is_of_the_pair_and_names_the_usual_tau() -> None:
+    harm = taught("harm", needs=("points",))
+    worse, better = SimpleNamespace(mean=-0.2, low=-0.3, high=-0.1), SimpleNamespace(mean=0.2, low=0.1, high=0.3)
+    assert harm(worse, better).startswith("holds in this pair: -20.0 [-30.0, -10.0]")
+    assert "(tau = 0.01: +20.0 [+10.0, +30.0])" in harm(worse, better)
+    assert harm(better).startswith("does not hold in this pair") and "(tau = 0.01: not tested)" in harm(better)
+    assert harm(SimpleNamespace(mean=0.0, low=-0.1, high=0.1)).startswith("open: ")
+    assert harm(None, worse) == "not testable here"
+
+
+@pytest.mark.parametrize(
+    ("cut", "applied", "verdict"),
+    [(0.88, 0.72, "holds, roughly"), (0.65, 0.2, "holds, roughly"), (0.9, 0.85, "does not")],
+)
+def test_about_seventy_per_cent_is_cut_or_applied(cut: float, applied: float, verdict: str) -> None:
+    sentence = taught("sparsity_sentence", needs=("number", "sparsity_floor"))
+    rows = {"sparse": {"cut_sparsity": str(cut), "applied_sparsity": str(applied)}}
+    said = sentence(SimpleNamespace(rows=rows, correct={"sparse": np.ones(3, bool)}), ["sparse", "not run"])
+    assert said.startswith(verdict) and f"{cut:.0%} cut, {applied:.0%} applied (1 run(s))" in said
+    assert sentence(SimpleNamespace(rows={}, correct={}), ["sparse"]) == "not testable here"

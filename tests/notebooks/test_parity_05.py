@@ -12,7 +12,16 @@ from timm.models.vision_transformer import VisionTransformer
 import svit_utils
 from svit_utils import sparsify, thresholded_softmax
 from svit_utils.evaluate import energy_in_mask, iou_at_mask_area, pointing_game
-from svit_utils.explain import attention_maps, grad_cam, layer_grad_cam, rollout_matrix, token_grid, tokens_to_grid
+from svit_utils.explain import (
+    attention_maps,
+    attention_rollout,
+    class_attention,
+    grad_cam,
+    layer_grad_cam,
+    rollout_matrix,
+    token_grid,
+    tokens_to_grid,
+)
 
 CHAPTER = "05_interpretability"
 NAMES = {"torch": torch, "thresholded_softmax": thresholded_softmax, "svit_utils": svit_utils}
@@ -84,6 +93,25 @@ def test_rollout(model: VisionTransformer, images: torch.Tensor) -> None:
         torch.autograd.grad((got * weight).sum(), maps), torch.autograd.grad((wanted * weight).sum(), maps), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_attention_pair(model: VisionTransformer, images: torch.Tensor, cut: bool) -> None:
+    grid = token_grid(model, images)
+    scope = NAMES | {"attention_maps": attention_maps, "rollout_matrix": rollout_matrix, "grid": grid, "TAU": TAU}
+    got = extract_function(CHAPTER, "attention_pair", scope, needs=["on_grid"])(model, images, cut)  # [2, 2, 4, 4]
+    maps = list(attention_maps(model, images).values())
+    if cut:  # the control: only the displayed weights are cut, so later layers still see what the dense model sees
+        maps = [(p - TAU).clamp_min(0) for p in maps]
+        assert all((m.sum(dim=-1) > 0).all() for m in maps), "an empty row would need its fallback"
+        maps = [m / m.sum(dim=-1, keepdim=True) for m in maps]
+        wanted = [maps[-1].mean(dim=1)[:, 0], rollout_matrix(maps)[:, 0]]
+        wanted = [row[:, 1:].unflatten(1, grid.size) for row in wanted]
+    else:
+        wanted = [class_attention(model, images).mean(dim=1), attention_rollout(model, images)]
+    torch.testing.assert_close(got, torch.stack(wanted, dim=1))
+    plain = class_attention(model, images).mean(dim=1)
+    assert torch.allclose(got[:, 0], plain, atol=1e-6) != cut
 
 
 @pytest.mark.parametrize("cut", [False, True])
