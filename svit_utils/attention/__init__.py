@@ -1,8 +1,15 @@
 """Thresholded attention: the operator, its thresholds, the timm modules, the surgery that puts them in, the tracker."""
 
-from svit_utils.attention.functional import attention_record, backend_for, backends, thresholded_attention
+from svit_utils.attention.functional import (
+    attention_record,
+    attention_rows,
+    backend_for,
+    backends,
+    thresholded_attention,
+)
 from svit_utils.attention.module import SparseAttention, SparseAttentionMixin, SparseAttentionRope, SparseEvaAttention
 from svit_utils.attention.reference import AttentionRecord, thresholded_softmax
+from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.surgery import (
     LayerReport,
     SparsifyReport,
@@ -25,6 +32,7 @@ from svit_utils.attention.tracker import TokenSparsityTracker, TrackerSummary
 __all__ = [
     "EMPTY_ROWS",
     "AttentionRecord",
+    "AttentionRows",
     "FixedThreshold",
     "LayerReport",
     "LearnableThreshold",
@@ -39,6 +47,7 @@ __all__ = [
     "TokenSparsityTracker",
     "TrackerSummary",
     "attention_record",
+    "attention_rows",
     "backend_for",
     "backends",
     "densify",

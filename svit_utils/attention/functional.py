@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from svit_utils.attention.reference import AttentionRecord, reference_record
-from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows
+from svit_utils.attention.reference import AttentionRecord, allowed_keys, reference_record, statistics_dtype
+from svit_utils.attention.rows import AttentionRows
+from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, resolve_threshold
+from svit_utils.attention.tiled import tiled_out
 
-# A backend takes what `reference_record` takes. Faster ones are added here and chosen in `backend_for`.
-_BACKENDS: dict[str, Callable[..., AttentionRecord]] = {"reference": reference_record}
+# "reference" keeps everything it computes, the others return the output only.
+_FAST = {"tiled": tiled_out}
+_TILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Scores per head. Below, the reference's matrices fit in the cache whole, and it is faster (benchmarks/attention.py).
+_WORTH_TILING = 128 * 128
 
 
 def thresholded_attention(
@@ -48,21 +54,39 @@ def thresholded_attention(
         out [B, H, N, Dv] in v's dtype; with ``return_weights`` also weights [B, H, N, M], float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, tau outside [0, 1) or NaN, unknown ``empty_rows`` or ``backend``.
+        ValueError: shapes that do not fit, tau outside [0, 1) or NaN, unknown ``empty_rows`` or ``backend``, a forced
+            ``backend`` that cannot do what the call asks.
     """
-    record = attention_record(
-        q,
-        k,
-        v,
-        threshold,
-        scale=scale,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        dropout_p=dropout_p,
-        empty_rows=empty_rows,
-        backend=backend,
-    )
+    name = _backend(backend, q, k, v, attn_mask, return_weights)
+    settings = _checked(q, k, v, threshold, scale, attn_mask, is_causal, dropout_p, empty_rows)
+    if name != "reference":
+        return _FAST[name](q, k, v, **settings)[0]
+    record = reference_record(q, k, v, **settings)
     return (record.out, record.weights) if return_weights else record.out
+
+
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    threshold: ThresholdLike = 0.01,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    empty_rows: str = "dense",
+    backend: str = "auto",
+) -> tuple[Tensor, AttentionRows]:
+    """`thresholded_attention` with statistics of its rows, taken from what is multiplied with V, without its map."""
+    name = _backend(backend, q, k, v, attn_mask)
+    settings = _checked(q, k, v, threshold, scale, attn_mask, is_causal, dropout_p, empty_rows)
+    if name == "reference":
+        record = reference_record(q, k, v, **settings)
+        with torch.no_grad():
+            return record.out, AttentionRows.of(record)
+    out, statistics = _FAST[name](q, k, v, **settings, statistics=True)
+    return out, AttentionRows.of_statistics(statistics, allowed_keys(q, k, attn_mask, is_causal))
 
 
 def attention_record(
@@ -76,42 +100,99 @@ def attention_record(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     empty_rows: str = "dense",
-    backend: str = "auto",
 ) -> AttentionRecord:
-    """`thresholded_attention` with its intermediates, which trackers and maps read."""
-    check_empty_rows(empty_rows)
-    _check_shapes(q, k, v, attn_mask, is_causal)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    name = backend_for(q, k, v) if backend == "auto" else check_backend(backend)
-    return _BACKENDS[name](
-        q,
-        k,
-        v,
-        threshold,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        dropout_p=dropout_p,
-        empty_rows=empty_rows,
-    )
+    """`thresholded_attention` with its intermediates, for maps; always the reference, which alone keeps them."""
+    settings = _checked(q, k, v, threshold, scale, attn_mask, is_causal, dropout_p, empty_rows)
+    return reference_record(q, k, v, **settings)
 
 
 def backends() -> tuple[str, ...]:
     """The names ``backend=`` accepts besides ``"auto"``."""
-    return tuple(_BACKENDS)
+    return ("reference", *_FAST)
 
 
-def backend_for(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The backend ``"auto"`` chooses for these inputs."""
-    del q, k, v
-    return "reference"
+def backend_for(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, return_weights: bool = False
+) -> str:
+    """The backend ``"auto"`` chooses for a call.
+
+    ``"tiled"`` on the CPU from N x M = 128 x 128 on, and ``"reference"`` where that is not worth while or cannot serve:
+    the weights are asked for, the mask is to get a gradient, forward-mode derivatives are taken, or the model is
+    exported (a program of plain operators travels further).
+    """
+    del v
+    if q.shape[-2] * k.shape[-2] < _WORTH_TILING:
+        return "reference"
+    if q.device.type != "cpu" or q.dtype not in _TILED_DTYPES or return_weights:
+        return "reference"
+    if attn_mask is not None and attn_mask.requires_grad:
+        return "reference"
+    if _exporting() or forward_ad._current_level >= 0:
+        return "reference"
+    return "tiled"
+
+
+def _exporting() -> bool:
+    exporting = getattr(torch.compiler, "is_exporting", None)  # torch < 2.7 has no such function
+    return torch.compiler.is_compiling() if exporting is None else bool(exporting())
+
+
+def _backend(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, return_weights: bool = False
+) -> str:
+    """The backend to use, or a ValueError where the one asked for cannot do what the call asks."""
+    if check_backend(backend) in ("auto", "reference"):
+        return (
+            backend_for(q, k, v, attn_mask=attn_mask, return_weights=return_weights) if backend == "auto" else backend
+        )
+    if return_weights:
+        raise ValueError(f"backend {backend!r} never holds the weights: use backend='auto' or 'reference'")
+    if attn_mask is not None and attn_mask.requires_grad:
+        raise ValueError(f"backend {backend!r} has no gradient for attn_mask: use backend='auto' or 'reference'")
+    if q.device.type not in ("cpu", "meta"):
+        raise ValueError(f"backend {backend!r} runs on the CPU, but q is on {q.device}: use backend='auto'")
+    return backend
+
+
+class _Settings(TypedDict):
+    tau: Tensor | float
+    scale: float
+    attn_mask: Tensor | None
+    is_causal: bool
+    dropout_p: float
+    empty_rows: str
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    threshold: ThresholdLike,
+    scale: float | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    empty_rows: str,
+) -> _Settings:
+    """The arguments after q, k and v as every backend takes them, or a ValueError."""
+    check_empty_rows(empty_rows)
+    _check_shapes(q, k, v, attn_mask, is_causal)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    return {
+        "tau": resolve_threshold(threshold, allowed_keys(q, k, attn_mask, is_causal), q.shape[1], statistics_dtype(q)),
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "attn_mask": attn_mask,
+        "is_causal": is_causal,
+        "dropout_p": dropout_p,
+        "empty_rows": empty_rows,
+    }
 
 
 def check_backend(backend: str) -> str:
     """Return ``backend`` if it is ``"auto"`` or known, else raise ValueError."""
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+    if backend != "auto" and backend not in backends():
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, backends()))}, got {backend!r}")
     return backend
 
 

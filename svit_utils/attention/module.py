@@ -12,11 +12,13 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svit_utils.attention.functional import attention_record, check_backend, thresholded_attention
+from svit_utils.attention.functional import attention_record, attention_rows, check_backend, thresholded_attention
 from svit_utils.attention.reference import AttentionRecord
+from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.thresholds import Threshold, ThresholdLike, as_threshold, check_empty_rows
 
 Observer = Callable[["SparseAttentionMixin", AttentionRecord], None]
+RowObserver = Callable[["SparseAttentionMixin", AttentionRows], None]
 
 
 class SparseAttentionMixin(nn.Module):
@@ -26,7 +28,9 @@ class SparseAttentionMixin(nn.Module):
         threshold: `Threshold`; as a child module it follows the model's device.
         empty_rows: what a query gets when no key survives, see `thresholded_softmax`.
         backend: ``"auto"`` or a name from `svit_utils.attention.functional.backends`.
-        observers: callables ``f(module, record)`` called with the `AttentionRecord` of each forward pass.
+        observers: callables ``f(module, record)`` called with the `AttentionRecord` of each forward pass. A record
+            holds whole maps, so the reference computes it, and the output with it.
+        row_observers: callables ``f(module, rows)`` called with `AttentionRows`, which every backend provides.
     """
 
     dense_class: type[nn.Module]  # the timm class this one stands in for
@@ -34,6 +38,7 @@ class SparseAttentionMixin(nn.Module):
     empty_rows: str
     backend: str
     observers: list[Observer]
+    row_observers: list[RowObserver]
 
     def set_sparsity(self, threshold: ThresholdLike, empty_rows: str = "dense", backend: str = "auto") -> None:
         """Set the three settings, checked; the module gets its own copy of ``threshold`` unless that is shared."""
@@ -45,11 +50,11 @@ class SparseAttentionMixin(nn.Module):
             self.threshold.to(parameter.device)
         self.empty_rows, self.backend = empty_rows, backend
         if "observers" not in self.__dict__:
-            self.observers = []
+            self.observers, self.row_observers = [], []
 
     def __getstate__(self) -> dict[str, Any]:
         # Observers watch this module, not its copies: without this, deepcopy and pickle would take them along.
-        return {**self.__dict__, "observers": []}
+        return {**self.__dict__, "observers": [], "row_observers": []}
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """[B, H, N, D] each to [B, H, N, D]: the one line in which this module differs from timm's."""
@@ -59,14 +64,25 @@ class SparseAttentionMixin(nn.Module):
             "is_causal": is_causal,
             "dropout_p": cast(nn.Dropout, self.attn_drop).p if self.training else 0.0,
             "empty_rows": self.empty_rows,
-            "backend": self.backend,
         }
-        if not self.observers:
-            return cast(Tensor, thresholded_attention(q, k, v, self.threshold, **settings))
-        record = attention_record(q, k, v, self.threshold, **settings)
-        for observer in self.observers:
-            observer(self, record)
-        return record.out
+        if self.observers:
+            record = attention_record(q, k, v, self.threshold, **settings)
+            for observer in self.observers:
+                observer(self, record)
+            if self.row_observers:
+                with torch.no_grad():
+                    self._show(AttentionRows.of(record))
+            return record.out
+        settings["backend"] = self.backend
+        if self.row_observers:
+            out, rows = attention_rows(q, k, v, self.threshold, **settings)
+            self._show(rows)
+            return out
+        return cast(Tensor, thresholded_attention(q, k, v, self.threshold, **settings))
+
+    def _show(self, rows: AttentionRows) -> None:
+        for observer in self.row_observers:
+            observer(self, rows)
 
     def _sparse_forward(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         gate = getattr(self, "gate", None)  # absent from older timm

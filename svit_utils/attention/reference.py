@@ -37,9 +37,11 @@ def thresholded_softmax(scores: Tensor, threshold: ThresholdLike = 0.01, *, empt
     """
     check_empty_rows(empty_rows)
     allowed = scores != -torch.inf
-    wide = scores.to(_statistics_dtype(scores))
+    wide = scores.to(statistics_dtype(scores))
     probs = _masked_softmax(wide, masked=True)
-    tau = resolve_threshold(threshold, allowed, wide)  # a tensor tau takes the dtype of the statistics, not bf16
+    keys = allowed.sum(dim=-1, keepdim=True)
+    heads = scores.shape[-3] if scores.ndim >= 3 else None
+    tau = resolve_threshold(threshold, keys, heads, wide.dtype)
     return _weights_from_probs(probs, tau, empty_rows).to(scores.dtype)
 
 
@@ -74,12 +76,13 @@ def _masked_softmax(scores: Tensor, masked: bool) -> Tensor:
     return scores.masked_fill(dead, 0.0).softmax(dim=-1).masked_fill(dead, 0.0)
 
 
-def _no_autocast(device: str) -> AbstractContextManager[object]:
+def no_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast would put the product and the softmax in half precision, where the cut is not safe."""
     # The meta device, on which shapes are worked out without data, has no autocast to switch off.
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
+def statistics_dtype(x: Tensor) -> torch.dtype:
     """Half precision is cut in float32: a bf16 softmax is coarse enough to move entries across tau."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
@@ -109,7 +112,7 @@ def reference_record(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    threshold: ThresholdLike,
+    tau: Tensor | float,
     *,
     scale: float,
     attn_mask: Tensor | None,
@@ -117,14 +120,12 @@ def reference_record(
     dropout_p: float,
     empty_rows: str,
 ) -> AttentionRecord:
-    """Thresholded attention with every intermediate kept. Shapes as in `thresholded_attention`."""
-    # Autocast would put the product and the softmax in half precision, where the cut is not safe.
-    with _no_autocast(q.device.type):
-        dtype = _statistics_dtype(q)
+    """Thresholded attention with every intermediate kept; tau broadcastable to [B, H, N, 1], already checked."""
+    with no_autocast(q.device.type):
+        dtype = statistics_dtype(q)
         scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)  # [B, H, N, M]
         scores, allowed = _apply_mask(scores, attn_mask, is_causal)
         probs = _masked_softmax(scores, masked=allowed is not None)
-        tau = resolve_threshold(threshold, allowed, scores)
         weights = _weights_from_probs(probs, tau, empty_rows)
         weights = F.dropout(weights, dropout_p)  # after the renormalisation: before it, dropout would move the cut
         out = (weights @ v.to(dtype)).to(v.dtype)  # [B, H, N, Dv]
@@ -141,6 +142,22 @@ def _apply_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tu
     attn_mask = attn_mask.expand(*attn_mask.shape[:-1], scores.shape[-1])
     if attn_mask.dtype == torch.bool:
         return scores.masked_fill(~attn_mask, -torch.inf), attn_mask
+    return scores + attn_mask.to(scores.dtype), _counted(attn_mask)
+
+
+def allowed_keys(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> int | Tensor:
+    """How many keys each query may attend to, broadcastable to [B, H, N, 1]; M without a mask."""
+    n, m = q.shape[2], k.shape[2]
+    if is_causal:
+        return torch.arange(1, n + 1, device=q.device)[:, None].clamp(max=m)
+    if attn_mask is None:
+        return m
+    attn_mask = attn_mask.expand(*attn_mask.shape[:-1], m)
+    return _counted(attn_mask).sum(dim=-1, keepdim=True)
+
+
+def _counted(attn_mask: Tensor) -> Tensor:
+    """True where a mask lets a query attend to a key."""
     # Padding is also written as the lowest finite number, as in timm's NaFlexViT: added like any other number, but
     # not counted among the keys a query may attend to.
-    return scores + attn_mask.to(scores.dtype), attn_mask > torch.finfo(attn_mask.dtype).min
+    return attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min

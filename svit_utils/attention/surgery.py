@@ -23,7 +23,7 @@ Layer = int | str
 _SUPPORTED = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SPARSE_CLASSES)
 _ATTENTION_NAME = re.compile(r"att(entio)?n|parallelscaling|^xca$", re.IGNORECASE)
 _POOLING_NAME = re.compile(r"pool", re.IGNORECASE)
-_SPARSE_ATTRIBUTES = ("empty_rows", "backend", "observers", "_dense_class")
+_SPARSE_ATTRIBUTES = ("empty_rows", "backend", "observers", "row_observers", "_dense_class")
 
 
 @dataclass(frozen=True)

@@ -180,15 +180,22 @@ def as_threshold(threshold: ThresholdLike) -> Threshold:
     return threshold if isinstance(threshold, Threshold) else FixedThreshold(threshold)
 
 
-def resolve_threshold(threshold: ThresholdLike, allowed: Tensor | None, scores: Tensor) -> Tensor | float:
-    """Tau for scores [..., N, M], broadcastable to [..., N, 1]; checks its range and shape.
+def resolve_threshold(
+    threshold: ThresholdLike, keys: int | Tensor, heads: int | None, dtype: torch.dtype
+) -> Tensor | float:
+    """Tau broadcastable to [..., N, 1]; checks its range and shape.
 
     The values of a tensor are not looked at while ``torch.compile`` or ``torch.export`` traces.
+
+    Args:
+        threshold: what the user gave.
+        keys: how many keys a query may attend to, int or tensor broadcastable to [..., N, 1].
+        heads: H where the scores are [..., H, N, M]; None where they have no such dimension.
+        dtype: of the statistics, which a tensor tau takes.
     """
     if isinstance(threshold, Threshold):
-        keys = scores.shape[-1] if allowed is None else allowed.sum(dim=-1, keepdim=True)
         tau = threshold(keys)
-        _check_heads(tau, scores)
+        _check_heads(tau, heads)
         return tau
     if isinstance(threshold, Tensor):
         if threshold.ndim > 1:
@@ -196,8 +203,8 @@ def resolve_threshold(threshold: ThresholdLike, allowed: Tensor | None, scores: 
         if not torch.compiler.is_compiling():
             _check_range(threshold, threshold)
         tau = threshold[:, None, None] if threshold.ndim else threshold
-        _check_heads(tau, scores)
-        return tau.to(scores.dtype)
+        _check_heads(tau, heads)
+        return tau.to(dtype)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise ValueError(f"threshold must be a number, a tensor [H] or a threshold object, got {threshold!r}")
     if not 0.0 <= threshold < 1.0:  # False for NaN too
@@ -205,14 +212,12 @@ def resolve_threshold(threshold: ThresholdLike, allowed: Tensor | None, scores: 
     return float(threshold)
 
 
-def _check_heads(tau: Tensor, scores: Tensor) -> None:
+def _check_heads(tau: Tensor, heads: int | None) -> None:
     if tau.ndim < 3 or tau.shape[-3] == 1:
         return
-    heads = scores.shape[-3] if scores.ndim >= 3 else None
     if tau.shape[-3] != heads:
-        raise ValueError(
-            f"threshold has {tau.shape[-3]} entries, but the scores {tuple(scores.shape)} have {heads} heads"
-        )
+        found = "no dimension of heads" if heads is None else f"{heads} heads"
+        raise ValueError(f"threshold has {tau.shape[-3]} entries, but the scores have {found}")
 
 
 def _check_range(values: Tensor, given: object) -> None:

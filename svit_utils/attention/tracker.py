@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svit_utils.attention.module import SparseAttentionMixin
-from svit_utils.attention.reference import AttentionRecord
+from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.surgery import sparse_modules
 
 if TYPE_CHECKING:
@@ -91,16 +91,16 @@ class TokenSparsityTracker:
 
     def __enter__(self) -> TokenSparsityTracker:
         for module in self._modules.values():
-            if self._observe not in module.observers:  # entered twice, it still counts once
-                module.observers.append(self._observe)
+            if self._observe not in module.row_observers:  # entered twice, it still counts once
+                module.row_observers.append(self._observe)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for module in self._modules.values():
-            if self._observe in module.__dict__.get("observers", []):
-                module.observers.remove(self._observe)
+            if self._observe in module.__dict__.get("row_observers", []):
+                module.row_observers.remove(self._observe)
 
     def reset(self) -> None:
         """Forget everything seen so far."""
@@ -185,50 +185,11 @@ class TokenSparsityTracker:
         os.replace(partial, path)
         return path
 
-    def _observe(self, module: SparseAttentionMixin, record: AttentionRecord) -> None:
+    def _observe(self, module: SparseAttentionMixin, rows: AttentionRows) -> None:
         name = self._names[id(module)]
-        with torch.no_grad():
-            for queries, rows in self._query_sets(record):
-                self._totals.setdefault((name, queries), _Totals(record.weights.shape[1])).add(rows)
-
-    def _query_sets(self, record: AttentionRecord) -> Iterator[tuple[str, AttentionRows]]:
-        rows = AttentionRows.of(record)
-        yield "all", rows
-        if self._has_class_token:
-            yield "class", rows.first()
-
-
-@dataclass(frozen=True)
-class AttentionRows:
-    """Per-query statistics [B, H, N]; ``valid`` marks queries with at least one allowed key."""
-
-    kept: Tensor  # survivors
-    keys: Tensor  # allowed keys
-    zeros: Tensor  # exact zeros among the applied weights of allowed keys
-    mass: Tensor  # sum of p over the survivors
-    support: Tensor  # 1 / sum(A^2), 0 for a zero row
-    valid: Tensor
-
-    @classmethod
-    def of(cls, record: AttentionRecord) -> AttentionRows:
-        """Reduce an `AttentionRecord` over its keys."""
-        survives = record.probs > record.tau  # [B, H, N, M]
-        zero = record.weights == 0
-        if record.allowed is None:
-            keys = torch.full(zero.shape[:-1], zero.shape[-1], device=zero.device)
-        else:
-            allowed = record.allowed.expand_as(zero)
-            survives, zero = survives & allowed, zero & allowed
-            keys = allowed.sum(dim=-1)
-        squares = record.weights.square().sum(dim=-1)
-        support = torch.where(squares > 0, 1 / squares, 0.0)
-        kept = survives.sum(dim=-1)
-        mass = (record.probs * survives).sum(dim=-1)
-        return cls(kept, keys, zero.sum(dim=-1), mass, support, keys > 0)
-
-    def first(self) -> AttentionRows:
-        """The first query alone, where the class token stands."""
-        return AttentionRows(*(getattr(self, f)[:, :, :1] for f in self.__dataclass_fields__))
+        for queries, part in (("all", rows), ("class", rows.first())):
+            if queries == "all" or self._has_class_token:
+                self._totals.setdefault((name, queries), _Totals(rows.kept.shape[1])).add(part)
 
 
 class _Totals:

@@ -428,11 +428,11 @@ BAD_CALLS = {
     "dropout": (lambda q, k, v: thresholded_attention(q, k, v, dropout_p=1.5), r"dropout_p must lie in \[0, 1\]"),
     "threshold heads": (
         lambda q, k, v: thresholded_attention(q, k, v, torch.full((4,), 0.1)),
-        "threshold has 4 entries, but the scores .* have 3 heads",
+        "threshold has 4 entries, but the scores have 3 heads",
     ),
     "threshold object heads": (
         lambda q, k, v: thresholded_attention(q, k, v, FixedThreshold([0.1, 0.2])),
-        "threshold has 2 entries, but the scores .* have 3 heads",
+        "threshold has 2 entries, but the scores have 3 heads",
     ),
     "threshold rank": (
         lambda q, k, v: thresholded_attention(q, k, v, torch.full((3, 1), 0.1)),

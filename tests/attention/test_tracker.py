@@ -299,12 +299,12 @@ def test_observers_go_with_the_block_even_after_an_exception():
 
     def fail() -> None:
         with TokenSparsityTracker(model):
-            assert all(len(m.observers) == 1 for m in modules)
+            assert all(len(m.row_observers) == 1 for m in modules)
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
-    assert not any(m.observers for m in modules)
+    assert not any(m.row_observers for m in modules)
     with TokenSparsityTracker(model) as tracker:
         densify(model)
     assert not tracker._totals
@@ -316,7 +316,7 @@ def test_copies_of_a_watched_model_are_not_watched():
     images = torch.randn(1, 3, 32, 32)
     with TokenSparsityTracker(model) as tracker, torch.no_grad():
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert not any(m.observers for m in sparse_modules(other).values())
+            assert not any(m.row_observers for m in sparse_modules(other).values())
             other(images)
         assert not tracker._totals
         model(images)
