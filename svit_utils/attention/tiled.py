@@ -20,16 +20,20 @@ from torch import Tensor
 
 from svit_utils.attention.reference import no_autocast, reference_record, statistics_dtype
 
-# Floats in one tile: 512 KiB in float32, of which the two or three tiles in use stay in a core's second-level cache.
-TILE = 2**17
-SHORTEST = 16  # queries; below, the matrix products would be too thin to be fast
-LONGEST_CHUNK = 64  # (batch, head) pairs
+# Floats of scores in one (batch, head) pair's tile: 4 MiB in float32. Larger than a core's own cache, because a matrix
+# product rearranges the keys anew for each tile, which costs more than the shared cache does (benchmarks/attention.py).
+TILE = 2**20
+MOST = 2**23  # floats in the tiles of all threads together
+PAIRS_WITH_DROPOUT = 8
 STATISTICS = 4  # numbers per row, see `_Tile.statistics`
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """One call with batch and heads folded: q, k, v [G, N, D] in the dtype of the statistics, mask [B, H, N, M]."""
+    """One call with batch and heads folded: q, k, v [G, N, D] in the dtype of the statistics, mask [B, H, N, M].
+
+    The backward pass keeps a tile's probabilities beside the cut values; the forward pass cuts them in place.
+    """
 
     q: Tensor
     k: Tensor
@@ -41,10 +45,12 @@ class _Problem:
     dropout: float
     seed: int
     empty_rows: str
+    keeps_probs: bool
 
     @classmethod
     def of(
         cls,
+        keeps_probs: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -67,17 +73,22 @@ class _Problem:
         tau = tau.expand(batch, heads, n, 1)[..., 0] if per_query else tau.expand(batch, heads, 1, 1)[..., 0, 0]
         if mask is not None:
             mask = mask.expand(batch, heads, n, k.shape[2])
-        return cls(fold(q) * scale, fold(k), fold(v), tau, mask, heads, causal, dropout, seed, empty_rows)
+        q, k, v = fold(q) * scale, fold(k), fold(v)
+        return cls(q, k, v, tau, mask, heads, causal, dropout, seed, empty_rows, keeps_probs)
 
     def tiles(self) -> Iterator[_Tile]:
         """The work in pieces, always in the same order, so that dropout draws the same numbers twice."""
         groups, n, m = self.q.shape[0], self.q.shape[1], self.k.shape[1]
         if m == 0:
             return
-        rows = max(1, min(n, max(SHORTEST, TILE // max(m, 1))))
-        chunk = max(1, min(groups, LONGEST_CHUNK, TILE // max(rows * m, 1)))
+        # One pair for each thread: a batch of products runs in parallel, a single one hardly does. Dropout draws tile
+        # by tile, so there the number of threads has no say.
+        pairs = PAIRS_WITH_DROPOUT if self.dropout else torch.get_num_threads()
+        tiles = max(1, round(n * m / min(TILE, max(1, MOST // pairs))))
+        rows = -(-n // min(tiles, max(n, 1))) or 1  # tiles of equal height
+        chunk = max(1, min(groups, pairs * max(1, TILE // max(1, rows * m))))
         draws = torch.Generator().manual_seed(self.seed) if self.dropout else None
-        buffers = [self.q.new_empty(chunk * rows * m) for _ in range(3)]
+        buffers = [self.q.new_empty(chunk * rows * m) for _ in range(3 if self.keeps_probs else 1)]
         for first in range(0, groups, chunk):
             for start in range(0, n, rows):
                 yield _Tile(self, slice(first, min(first + chunk, groups)), start, min(start + rows, n), buffers, draws)
@@ -101,9 +112,14 @@ class _Tile:
         self.shape = (pairs.stop - pairs.start, stop - start, self.keys.stop)
         self.dead: Tensor | None = None  # rows all of whose keys are masked
         self.probs = self._probabilities()
+        self.tau = self._tau()  # [g, n, 1] or [g, 1, 1]
+        self.row_tau = self.tau  # what each row is cut at: less under "cap"
+        self.exceptions, put_right = self._exceptions()
         self.kept = self._cut()
         self.sum = self.kept.sum(dim=-1, keepdim=True)  # Z [g, n, 1]
-        self.exceptions = self._put_right()
+        if self.exceptions is not None:
+            self.kept.view(-1, self.shape[2])[self.exceptions] = put_right
+            self.sum.view(-1)[self.exceptions] = put_right.sum(dim=-1)
         self.keep_mask: Tensor | None = None
         if draws is not None:
             share = problem.dropout
@@ -147,68 +163,54 @@ class _Tile:
             else:
                 scores[i].add_(part.to(scores.dtype))
 
-    def tau(self) -> Tensor:
-        """tau of each row [g, n, 1]."""
+    def _tau(self) -> Tensor:
         tau = self.problem.tau
         flat = tau.reshape(-1, *tau.shape[2:])[self.pairs]
-        return flat[:, None, None].expand(*self.shape[:2], 1) if flat.ndim == 1 else flat[:, self.rows, None]
-
-    def single_taus(self) -> list[float] | None:
-        """One tau per pair, as numbers; None where it differs between queries."""
-        tau = self.problem.tau
-        return tau.reshape(-1)[self.pairs].tolist() if tau.ndim == 2 else None
+        return flat[:, None, None] if flat.ndim == 1 else flat[:, self.rows, None]
 
     def _cut(self) -> Tensor:
         """R = ReLU(p - tau). For p >= 0 that is soft shrinkage, which is one pass where two ops would be two."""
-        kept, taus = self.buffer(1), self.single_taus()
-        if taus is None:
-            torch.sub(self.probs, self.tau(), out=kept).relu_()
-        elif len(set(taus)) == 1:
+        kept = self.buffer(1) if self.problem.keeps_probs else self.probs
+        if self.problem.tau.ndim == 3:  # one tau per query
+            return torch.sub(self.probs, self.tau, out=kept).relu_()
+        taus = self.tau.flatten().tolist()
+        if len(set(taus)) == 1:
             torch.ops.aten.softshrink.out(self.probs, taus[0], out=kept)
         else:
             for i, tau in enumerate(taus):
                 torch.ops.aten.softshrink.out(self.probs[i], tau, out=kept[i])
         return kept
 
-    def _put_right(self) -> Tensor | None:
-        """Rewrite the rows that are not cut at tau; return their indices into the tile's rows, or None."""
-        mode = self.problem.empty_rows
-        if mode == "cap":
-            half = self.probs.amax(dim=-1, keepdim=True) / 2
-            which = half < self.tau()
-        else:
-            which = self.sum == 0
+    def _exceptions(self) -> tuple[Tensor | None, Tensor]:
+        """The rows that are not cut at tau, as indices into the tile's rows, and what they get instead [e, m]."""
+        mode, m = self.problem.empty_rows, self.shape[2]
+        none = (None, self.probs)
+        if mode == "zero":
+            return none
+        largest = self.probs.amax(dim=-1, keepdim=True)
+        which = largest / 2 < self.tau if mode == "cap" else largest <= self.tau
         if self.dead is not None:
             which = which & ~self.dead
         index = which.flatten().nonzero().squeeze(1)
-        if index.numel() == 0 or mode == "zero":
-            return None
-        m = self.shape[2]
-        probs = self.probs.view(-1, m)[index]
+        if index.numel() == 0:
+            return none
+        kept = self.probs.view(-1, m)[index]
         if mode == "top1":
-            kept = torch.zeros_like(probs).scatter_(-1, probs.argmax(dim=-1, keepdim=True), 1.0)
+            kept = torch.zeros_like(kept).scatter_(-1, kept.argmax(dim=-1, keepdim=True), 1.0)
         elif mode == "cap":
-            kept = (probs - half.flatten()[index, None]).relu_()
-        else:  # "dense" is a cut at 0
-            kept = probs
-        self.kept.view(-1, m)[index] = kept
-        self.sum.view(-1)[index] = kept.sum(dim=-1)
-        return index
+            half = largest / 2
+            self.row_tau = torch.where(which, half, self.tau)
+            kept = kept.sub_(half.flatten()[index, None]).relu_()
+        return index, kept  # "dense" is a cut at 0
 
     def survivors(self) -> tuple[Tensor, Tensor]:
         """The number of keys with p > tau and the sum of their p, [g, n] each; before dropout."""
         count = torch.linalg.vector_norm(self.kept, 0, dim=-1)
-        mass = self.sum.squeeze(-1) + count * self.row_tau().squeeze(-1)
+        mass = self.sum.squeeze(-1) + count * self.row_tau.squeeze(-1)
         if self.exceptions is not None and self.problem.empty_rows != "cap":
             count.view(-1)[self.exceptions] = 0.0
             mass.view(-1)[self.exceptions] = 0.0
         return count, mass
-
-    def row_tau(self) -> Tensor:
-        """What each row was cut at [g, n, 1]: tau, or less under ``"cap"``."""
-        if self.problem.empty_rows != "cap":
-            return self.tau()
-        return torch.minimum(self.tau(), self.probs.amax(dim=-1, keepdim=True) / 2)
 
     def statistics(self, count: Tensor, mass: Tensor) -> Tensor:
         """Survivors, their mass, weights that are not 0, and 1 / sum(A^2), [g, n, 4]; after dropout."""
@@ -221,7 +223,7 @@ class _Tile:
 def forward(statistics: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
     """out [B, H, N, Dv], and what `_Tile.statistics` says of each row [B, H, N, 4], or [.., 0] where not asked for."""
     q, v = arguments[0], arguments[2]
-    problem = _Problem.of(*arguments)
+    problem = _Problem.of(False, *arguments)
     out = problem.v.new_empty(problem.q.shape[0], problem.q.shape[1], problem.v.shape[2])
     per_row = problem.q.new_empty(*problem.q.shape[:2], STATISTICS if statistics else 0)
     for tile in problem.tiles():
@@ -243,7 +245,7 @@ def backward(grad: Tensor, out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
     """Gradients of q, k, v, and of each row's tau [B, H, N]."""
     q, k, v = arguments[:3]
     scale = arguments[5]
-    problem = _Problem.of(*arguments)
+    problem = _Problem.of(True, *arguments)
     wide = problem.q.dtype
     grad = grad.to(wide).reshape(problem.q.shape[0], problem.q.shape[1], grad.shape[-1])
     dots = (grad * out.to(wide).view_as(grad)).sum(dim=-1, keepdim=True)  # D [G, N, 1]
