@@ -38,8 +38,11 @@ class _Problem:
     q: Tensor
     k: Tensor
     v: Tensor
-    tau: Tensor  # [B, H] one number per head, or [B, H, N] one per query
+    tau: Tensor  # [G, 1, 1] one number per head, or [G, N, 1] one per query
+    taus: list[float]  # per pair, or one for all; none where tau differs from query to query
+    highest: float  # the largest tau
     mask: Tensor | None
+    scale: float
     heads: int
     causal: bool
     dropout: float
@@ -70,11 +73,14 @@ class _Problem:
 
         tau = tau.detach().to(wide)
         per_query = tau.ndim >= 2 and tau.shape[-2] > 1
-        tau = tau.expand(batch, heads, n, 1)[..., 0] if per_query else tau.expand(batch, heads, 1, 1)[..., 0, 0]
+        taus = [] if per_query else tau.expand(batch, heads, 1, 1).flatten().tolist()
+        taus = taus[:1] if len(set(taus)) == 1 else taus
+        highest = max(taus) if taus else float(tau.max()) if tau.numel() else 0.0
+        tau = tau.expand(batch, heads, n if per_query else 1, 1).reshape(batch * heads, -1, 1)
         if mask is not None:
             mask = mask.expand(batch, heads, n, k.shape[2])
-        q, k, v = fold(q) * scale, fold(k), fold(v)
-        return cls(q, k, v, tau, mask, heads, causal, dropout, seed, empty_rows, keeps_probs)
+        q, k, v = fold(q), fold(k), fold(v)
+        return cls(q, k, v, tau, taus, highest, mask, scale, heads, causal, dropout, seed, empty_rows, keeps_probs)
 
     def tiles(self) -> Iterator[_Tile]:
         """The work in pieces, always in the same order, so that dropout draws the same numbers twice."""
@@ -112,7 +118,8 @@ class _Tile:
         self.shape = (pairs.stop - pairs.start, stop - start, self.keys.stop)
         self.dead: Tensor | None = None  # rows all of whose keys are masked
         self.probs = self._probabilities()
-        self.tau = self._tau()  # [g, n, 1] or [g, 1, 1]
+        tau = problem.tau[pairs]
+        self.tau = tau if tau.shape[1] == 1 else tau[:, self.rows]  # [g, n, 1] or [g, 1, 1]
         self.row_tau = self.tau  # what each row is cut at: less under "cap"
         self.exceptions, put_right = self._exceptions()
         self.kept = self._cut()
@@ -136,7 +143,8 @@ class _Tile:
 
     def _probabilities(self) -> Tensor:
         problem, scores = self.problem, self.buffer(0)
-        torch.bmm(self.of(problem.q), problem.k[self.pairs, self.keys].transpose(1, 2), out=scores)
+        keys = problem.k[self.pairs, self.keys].transpose(1, 2)
+        torch.baddbmm(scores, self.of(problem.q), keys, beta=0, alpha=problem.scale, out=scores)
         if problem.causal:
             query = torch.arange(self.rows.start, self.rows.stop)[:, None]
             scores.masked_fill_(torch.arange(self.keys.stop) > query, -torch.inf)
@@ -163,21 +171,16 @@ class _Tile:
             else:
                 scores[i].add_(part.to(scores.dtype))
 
-    def _tau(self) -> Tensor:
-        tau = self.problem.tau
-        flat = tau.reshape(-1, *tau.shape[2:])[self.pairs]
-        return flat[:, None, None] if flat.ndim == 1 else flat[:, self.rows, None]
-
     def _cut(self) -> Tensor:
         """R = ReLU(p - tau). For p >= 0 that is soft shrinkage, which is one pass where two ops would be two."""
         kept = self.buffer(1) if self.problem.keeps_probs else self.probs
-        if self.problem.tau.ndim == 3:  # one tau per query
+        taus = self.problem.taus
+        if not taus:  # one tau per query
             return torch.sub(self.probs, self.tau, out=kept).relu_()
-        taus = self.tau.flatten().tolist()
-        if len(set(taus)) == 1:
+        if len(taus) == 1:
             torch.ops.aten.softshrink.out(self.probs, taus[0], out=kept)
         else:
-            for i, tau in enumerate(taus):
+            for i, tau in enumerate(taus[self.pairs]):
                 torch.ops.aten.softshrink.out(self.probs[i], tau, out=kept[i])
         return kept
 
@@ -188,6 +191,9 @@ class _Tile:
         if mode == "zero":
             return none
         largest = self.probs.amax(dim=-1, keepdim=True)
+        safe = 2 * self.problem.highest if mode == "cap" else self.problem.highest
+        if float(largest.amin()) > safe:  # mostly so: the test of each row is left out
+            return none
         which = largest / 2 < self.tau if mode == "cap" else largest <= self.tau
         if self.dead is not None:
             which = which & ~self.dead
@@ -230,8 +236,9 @@ def forward(statistics: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
         survivors = tile.survivors() if statistics else None
         if tile.keep_mask is not None:
             tile.kept.mul_(tile.keep_mask)
-        product = torch.bmm(tile.kept, problem.v[tile.pairs, tile.keys])
-        torch.div(product, tile.sum.masked_fill(tile.sum == 0, 1.0), out=tile.of(out))
+        product = torch.bmm(tile.kept, problem.v[tile.pairs, tile.keys], out=tile.of(out))
+        # A sum that is not 0 is at least a rounding error of 1 / M: the bound turns 0 / 0 into 0 and nothing else.
+        product.div_(tile.sum.clamp_min_(torch.finfo(product.dtype).tiny))
         if survivors is not None:
             tile.of(per_row).copy_(tile.statistics(*survivors))
     if problem.k.shape[1] == 0:  # no tile wrote anything: nothing to attend to gives 0
@@ -244,7 +251,6 @@ def forward(statistics: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of each row's tau [B, H, N]."""
     q, k, v = arguments[:3]
-    scale = arguments[5]
     problem = _Problem.of(True, *arguments)
     wide = problem.q.dtype
     grad = grad.to(wide).reshape(problem.q.shape[0], problem.q.shape[1], grad.shape[-1])
@@ -269,9 +275,8 @@ def backward(grad: Tensor, out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
             _exceptions_backward(g, tile_dtau, tile)
         tile.of(dtau).copy_(tile_dtau)
         ds = torch._softmax_backward_data(g, tile.probs, -1, wide, grad_input=g)
-        torch.bmm(ds, problem.k[tile.pairs, tile.keys], out=tile.of(dq))
-        dk[tile.pairs, tile.keys].baddbmm_(ds.transpose(1, 2), tile.of(problem.q))
-    dq.mul_(scale)
+        torch.baddbmm(tile.of(dq), ds, problem.k[tile.pairs, tile.keys], beta=0, alpha=problem.scale, out=tile.of(dq))
+        dk[tile.pairs, tile.keys].baddbmm_(ds.transpose(1, 2), tile.of(problem.q), alpha=problem.scale)
     return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype), dtau.view(q.shape[:3])
 
 
@@ -336,6 +341,11 @@ def _one_by_one(op: Any, info: Any, in_dims: tuple[int | None, ...], arguments: 
     ]
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
+
+
+@tiled_attention.register_vmap
+def _(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    return _one_by_one(tiled_attention, info, in_dims, arguments)
 
 
 class _Tiled(torch.autograd.Function):
@@ -424,4 +434,7 @@ def tiled_out(
     if not isinstance(tau, Tensor):
         tau = torch.tensor(tau, dtype=statistics_dtype(q))
     seed = torch.randint(2**62, ()) if dropout_p else torch.zeros((), dtype=torch.int64)
-    return _Tiled.apply(q, k, v, tau, attn_mask, scale, is_causal, dropout_p, seed, empty_rows, statistics)
+    arguments = (q, k, v, tau, attn_mask, scale, is_causal, dropout_p, seed, empty_rows, statistics)
+    # Without a derivative to take, the op alone does, and a Function's bookkeeping is felt where N is small.
+    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, tau))
+    return _Tiled.apply(*arguments) if differentiates else tiled_attention(*arguments)
