@@ -94,6 +94,10 @@ checkpoints: $(STAMP) ## train the shipped checkpoints anew (hours on a CPU)
 results: $(STAMP) ## write the results in README.md from results/
 	$(PY) tools/readme_results.py
 
+.PHONY: bench
+bench: $(STAMP) ## measure what the cut costs (about half an hour; nothing else should run), write results/bench/
+	$(PY) -m benchmarks
+
 .PHONY: check-results
 check-results: $(STAMP) ## rerun one row of each results file at small size and compare
 	$(PY) tools/check_results.py
@@ -101,7 +105,7 @@ check-results: $(STAMP) ## rerun one row of each results file at small size and 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy and the notebook lint
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check svit_utils tests tools conftest.py
+	$(PY) -m ruff format --check svit_utils tests tools benchmarks conftest.py
 	$(PY) -m mypy
 	$(PY) tools/lint_notebooks.py notebooks/*.ipynb
 

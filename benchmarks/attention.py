@@ -1,152 +1,107 @@
-"""What the cut costs: each backend against fused dense attention (SDPA), in one run.
-
-    python benchmarks/attention.py [--threads 1] [--repeats 15] [--tau 0.01] [--out results/bench]
-
-Times are medians over calls taken in turn, so that a slow moment meets all of them. Memory is what one call adds to the
-resident set at its peak, in a process of its own (Linux only, by /proc). Logits are sums of 64 products of independent
-Gaussians, standard deviation 2. Run it while nothing else does.
-"""
+"""Time and memory of one attention call: this library's backends, fused dense attention, and other sparse ones."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import multiprocessing
-import os
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from svit_utils.attention import attention_record, thresholded_attention
-from svit_utils.provenance import provenance
+from benchmarks.measure import Plan, Row, in_turn, peak_growths, summarised
+from benchmarks.variants import LENGTHS, LOGITS, Attention, cut_share, inputs, variants
 
-HEADS, WIDTH = 6, 64
-LENGTHS = (65, 197, 577, 1025, 2049, 4097)
-PLAIN = "reference"
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS = ("sdpa", "plain formula", "tiled", "triton")
 
 
-def variants(tau: float) -> dict[str, Attention]:
-    """SDPA, and the backends of this library."""
+def rows(plan: Plan) -> list[Row]:
+    """All variants on one thread with independent logits; SDPA and this library's also on all threads and clustered."""
+    lengths = (65, 197) if plan.quick else LENGTHS
+    dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
+    found = []
+    for logits in LOGITS:
+        cut = {n: cut_share(n, plan.tau, logits) for n in lengths}
+        for threads in plan.threads if logits == "independent" and plan.device == "cpu" else plan.threads[:1]:
+            everything = logits == "independent" and threads == plan.threads[0]
+            torch.set_num_threads(threads)
+            for n in lengths:
+                for grad in (False, True):
+                    common = {"n": n, "direction": direction(grad), "logits": logits, "threads": threads}
+                    common |= {"device_type": plan.device, "dtype": str(dtype).removeprefix("torch.")}
+                    common |= {"tau": plan.tau, "cut": round(cut[n], 4)}
+                    for row in _compared(plan, n, grad, logits, dtype, everything):
+                        found.append({**common, **row})
+                        _print(found[-1])
+    torch.set_num_threads(plan.threads[0])
+    memory = _memory(plan, lengths, dtype)
+    for row in found:
+        if row["logits"] == "independent" and row["threads"] == plan.threads[0]:
+            row["peak_growth_mib"] = memory.get((row["variant"], row["n"], row["direction"]), "")
+    return found
 
-    def backend(name: str) -> Attention:
-        return lambda q, k, v: thresholded_attention(q, k, v, tau, backend=name)
 
-    return {"sdpa": F.scaled_dot_product_attention, PLAIN: backend(PLAIN), "tiled": backend("tiled")}
-
-
-def inputs(n: int, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, 6, N, 64], B = 4, or 1 from N = 2049 on."""
-    g = torch.Generator().manual_seed(0)
-    batch = 4 if n < 2000 else 1
-    q, k, v = (torch.randn(batch, HEADS, n, WIDTH, generator=g) for _ in range(3))
-    return tuple(x.requires_grad_(grad) for x in (2 * q, k, v))  # type: ignore[return-value]
+def direction(grad: bool) -> str:
+    return "forward+backward" if grad else "forward"
 
 
-def call(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _compared(plan: Plan, n: int, grad: bool, logits: str, dtype: torch.dtype, everything: bool) -> list[Row]:
+    torch._dynamo.reset()
+    q, k, v = inputs(n, grad=grad, logits=logits, device=plan.device, dtype=dtype)
+    functions: dict[str, Callable[[], object]] = {}
+    for name, attention in variants(plan.tau, n, plan.device, grad).items():
+        if everything or name in OURS:
+            functions[name] = partial(call, attention, q, k, v)
+    summary = summarised(in_turn(functions, plan), "sdpa")
+    return [{"variant": name, **row} for name, row in summary.items()]
+
+
+def call(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """One forward pass, and one backward pass where q asks for it."""
-    out = attention(q, k, v)
-    if q.requires_grad:
-        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-
-
-def in_turn(functions: dict[str, Attention], n: int, grad: bool, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each function's calls, after two that do not count."""
-    q, k, v = inputs(n, grad)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(repeats + 2):
-        for name, attention in functions.items():
-            started = time.perf_counter()
-            call(attention, q, k, v)
-            if i >= 2:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return times
-
-
-def peak_growth(name: str, tau: float, n: int, grad: bool, threads: int) -> float:
-    """MiB by which one call raises the peak of a fresh process that already holds the inputs and has run small ones."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_growth, (name, tau, n, grad, threads))
-
-
-def _peak_growth(name: str, tau: float, n: int, grad: bool, threads: int) -> float:
-    torch.set_num_threads(threads)
-    attention = variants(tau)[name]
-    call(attention, *inputs(65, grad))
-    tensors = inputs(n, grad)
-    before = _peak_kib(reset=True)
-    call(attention, *tensors)
-    return (_peak_kib() - before) / 1024
-
-
-def _peak_kib(reset: bool = False) -> float:
-    """The largest resident set so far, or since it was reset; getrusage's cannot be reset, and outlives exec."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return float("nan")
-    return float(status.split("VmHWM:")[1].split()[0])
-
-
-def main() -> None:
-    """Measure, print, and write ``attention.csv``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15, help="fewer are taken of the slowest")
-    parser.add_argument("--tau", type=float, default=0.01)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--out", type=Path, help="folder for attention.csv; without it nothing is written")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    source = provenance(seed=0)
-    rows = []
-    for n in args.lengths:
+    if not q.requires_grad:
         with torch.no_grad():
-            cut = 1 - float((attention_record(*inputs(min(n, 1025), False), args.tau).probs > args.tau).float().mean())
-        for grad in (False, True):
-            # The plain formula stores too much to be timed as often where N is large.
-            repeats = max(3, args.repeats // (1 + n // 1000) // (2 if grad else 1))
-            times = in_turn(variants(args.tau), n, grad, repeats)
-            base = statistics.median(times["sdpa"])
-            for name, taken in times.items():
-                median = statistics.median(taken)
-                row = {
-                    "n": n,
-                    "direction": "forward+backward" if grad else "forward",
-                    "variant": name,
-                    "repeats": repeats,
-                    "median_ms": round(median, 3),
-                    "fastest_ms": round(min(taken), 3),
-                    "slowest_ms": round(max(taken), 3),
-                    "ratio_to_sdpa": round(median / base, 3),
-                    "peak_growth_mib": round(peak_growth(name, args.tau, n, grad, args.threads), 1),
-                    "tau": args.tau,
-                    "cut": round(cut, 4) if n <= 1025 else "",
-                }
-                rows.append({**row, **source})
-                print(
-                    f"N {n:5d}  {row['direction']:17s} {name:10s} {median:10.2f} ms  {row['ratio_to_sdpa']:6.2f} x SDPA"
-                    f"  peak +{row['peak_growth_mib']:.0f} MiB",
-                    flush=True,
-                )
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"attention_{args.threads}.csv"
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(partial, path)
+            attention(q, k, v)
+        return
+    out = attention(q, k, v)
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
 
-if __name__ == "__main__":
-    main()
+def prepared(name: str, tau: float, n: int, grad: bool, threads: int) -> Callable[[], object]:
+    """A call of one variant with its inputs made, for a process that measures memory."""
+    torch.set_num_threads(threads)
+    return partial(call, variants(tau, n, "cpu", grad)[name], *inputs(n, grad=grad))
+
+
+def _memory(plan: Plan, lengths: tuple[int, ...], dtype: torch.dtype) -> dict[tuple[str, int, str], float]:
+    """MiB added at the peak by one call of each variant."""
+    growths: dict[tuple[str, int, str], float] = {}
+    for name in variants(plan.tau, lengths[0], plan.device, grad=False):
+        calls = [
+            (n, grad) for n in lengths for grad in (False, True) if name in variants(plan.tau, n, plan.device, grad)
+        ]
+        if plan.device == "cuda":
+            measured = [_cuda_growth(name, plan.tau, n, grad, dtype) for n, grad in calls]
+        else:
+            measured = peak_growths(prepared, [(name, plan.tau, n, grad, plan.threads[0]) for n, grad in calls])
+        for (n, grad), growth in zip(calls, measured, strict=True):
+            growths[name, n, direction(grad)] = round(growth, 1)
+        print(f"peak memory of {name}: " + ", ".join(f"{growth:.0f}" for growth in measured) + " MiB", flush=True)
+    return growths
+
+
+def _cuda_growth(name: str, tau: float, n: int, grad: bool, dtype: torch.dtype) -> float:
+    function = partial(call, variants(tau, n, "cuda", grad)[name], *inputs(n, grad=grad, device="cuda", dtype=dtype))
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _print(row: Row) -> None:
+    print(
+        f"N {row['n']:5d}  {row['direction']:17s} {row['logits']:12s} {row['threads']} threads  {row['variant']:17s}"
+        f"{row['median_ms']:10.2f} ms  {row['ratio_to_sdpa']:6.2f} x SDPA"
+        f"  [{row['ratio_q25']:.2f}, {row['ratio_q75']:.2f}]",
+        flush=True,
+    )
