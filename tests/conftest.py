@@ -13,6 +13,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ from svit_utils.attention.reference import AttentionRecord, allowed_keys, refere
 from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, resolve_threshold
 from svit_utils.attention.tiled import tiled_out
+from svit_utils.attention.triton_backend import DTYPES, WIDEST, triton_out, unavailable
 
 # "reference" keeps everything it computes, the others return the output only.
-_FAST = {"tiled": tiled_out}
+_FAST = {"tiled": tiled_out, "triton": triton_out}
 _TILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Scores per head. Below, the reference's matrices fit in the cache whole, and it is faster (benchmarks/attention.py).
 _WORTH_TILING = 128 * 128
@@ -57,7 +58,7 @@ def thresholded_attention(
         ValueError: shapes that do not fit, tau outside [0, 1) or NaN, unknown ``empty_rows`` or ``backend``, a forced
             ``backend`` that cannot do what the call asks.
     """
-    name = _backend(backend, q, k, v, attn_mask, return_weights)
+    name = _backend(backend, q, k, v, attn_mask, return_weights, dropout_p)
     settings = _checked(q, k, v, threshold, scale, attn_mask, is_causal, dropout_p, empty_rows)
     if name != "reference":
         return _FAST[name](q, k, v, **settings)[0]
@@ -79,7 +80,7 @@ def attention_rows(
     backend: str = "auto",
 ) -> tuple[Tensor, AttentionRows]:
     """`thresholded_attention` with statistics of its rows, taken from what is multiplied with V, without its map."""
-    name = _backend(backend, q, k, v, attn_mask)
+    name = _backend(backend, q, k, v, attn_mask, dropout_p=dropout_p)
     settings = _checked(q, k, v, threshold, scale, attn_mask, is_causal, dropout_p, empty_rows)
     if name == "reference":
         record = reference_record(q, k, v, **settings)
@@ -112,24 +113,40 @@ def backends() -> tuple[str, ...]:
 
 
 def backend_for(
-    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, return_weights: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    return_weights: bool = False,
+    dropout_p: float = 0.0,
 ) -> str:
     """The backend ``"auto"`` chooses for a call.
 
-    ``"tiled"`` on the CPU from N x M = 128 x 128 on, and ``"reference"`` where that is not worth while or cannot serve:
-    the weights are asked for, the mask is to get a gradient, forward-mode derivatives are taken, or the model is
-    exported (a program of plain operators travels further).
+    ``"tiled"`` on the CPU from N x M = 128 x 128 on; ``"triton"`` on CUDA for float16, bfloat16 and float32, heads up
+    to 256 wide, without dropout. ``"reference"`` where these are not worth while or cannot serve: other devices, the
+    weights are asked for, the mask is to get a gradient, forward-mode derivatives are taken, or the model is exported
+    (a program of plain operators travels further).
     """
-    del v
-    if q.shape[-2] * k.shape[-2] < _WORTH_TILING:
-        return "reference"
-    if q.device.type != "cpu" or q.dtype not in _TILED_DTYPES or return_weights:
-        return "reference"
-    if attn_mask is not None and attn_mask.requires_grad:
+    if return_weights or (attn_mask is not None and attn_mask.requires_grad):
         return "reference"
     if _exporting() or forward_ad._current_level >= 0:
         return "reference"
-    return "tiled"
+    if q.device.type == "cpu" and q.dtype in _TILED_DTYPES and q.shape[-2] * k.shape[-2] >= _WORTH_TILING:
+        return "tiled"
+    if q.device.type == "cuda" and not dropout_p and not _unfit_for_triton(q, k, v):
+        return "triton"
+    return "reference"
+
+
+def _unfit_for_triton(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why the Triton kernels cannot take these tensors; empty if they can."""
+    if any(x.dtype not in DTYPES for x in (q, k, v)):
+        return f"backend 'triton' takes float16, bfloat16 and float32, but q is {q.dtype}, v {v.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return f"backend 'triton' takes heads up to {WIDEST} wide, got q {q.shape[-1]}, v {v.shape[-1]}"
+    reason = unavailable(q.device)
+    return f"backend 'triton' cannot run: {reason}" if reason else ""
 
 
 def _exporting() -> bool:
@@ -138,19 +155,30 @@ def _exporting() -> bool:
 
 
 def _backend(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, return_weights: bool = False
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    return_weights: bool = False,
+    dropout_p: float = 0.0,
 ) -> str:
     """The backend to use, or a ValueError where the one asked for cannot do what the call asks."""
-    if check_backend(backend) in ("auto", "reference"):
-        return (
-            backend_for(q, k, v, attn_mask=attn_mask, return_weights=return_weights) if backend == "auto" else backend
-        )
+    if check_backend(backend) == "auto":
+        return backend_for(q, k, v, attn_mask=attn_mask, return_weights=return_weights, dropout_p=dropout_p)
+    if backend == "reference":
+        return backend
     if return_weights:
         raise ValueError(f"backend {backend!r} never holds the weights: use backend='auto' or 'reference'")
     if attn_mask is not None and attn_mask.requires_grad:
         raise ValueError(f"backend {backend!r} has no gradient for attn_mask: use backend='auto' or 'reference'")
-    if q.device.type not in ("cpu", "meta"):
-        raise ValueError(f"backend {backend!r} runs on the CPU, but q is on {q.device}: use backend='auto'")
+    if backend == "tiled" and q.device.type not in ("cpu", "meta"):
+        raise ValueError(f"backend 'tiled' runs on the CPU, but q is on {q.device}: use backend='auto'")
+    if backend == "triton":
+        if reason := _unfit_for_triton(q, k, v):
+            raise ValueError(f"{reason}; use backend='auto'")
+        if dropout_p:
+            raise ValueError("backend 'triton' has no dropout: set dropout_p=0, or use backend='auto'")
     return backend
 
 

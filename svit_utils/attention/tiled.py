@@ -333,7 +333,7 @@ def _(grad, out, q, k, v, tau, mask, scale, causal, dropout, seed, empty_rows): 
     return (*(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(q.shape[:3], dtype=statistics_dtype(q)))
 
 
-def _one_by_one(op: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+def one_by_one(op: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
     """A vmap rule: each element is work enough for the whole processor."""
     results = [
         op(*(x if d is None else x.select(d, i) for x, d in zip(arguments, in_dims, strict=True)))
@@ -343,9 +343,34 @@ def _one_by_one(op: Any, info: Any, in_dims: tuple[int | None, ...], arguments: 
     return stacked, (0,) * len(stacked)
 
 
+def second_derivatives(
+    tensors: list[Tensor],
+    directions: tuple[Tensor, ...],
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    empty_rows: str,
+) -> tuple[Tensor, ...]:
+    """The derivative of the first derivatives of (q, k, v, each row's tau) in ``directions``, by the reference.
+
+    ``tensors`` are the output's gradient, q, k, v and tau; the result belongs to the same five.
+    """
+
+    def out(q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> Tensor:
+        return reference_record(
+            q, k, v, tau, scale=scale, attn_mask=mask, is_causal=causal, dropout_p=0.0, empty_rows=empty_rows
+        ).out
+
+    def first(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+        dq, dk, dv, dtau = torch.func.vjp(out, q, k, v, tau.expand(*q.shape[:3], 1))[1](grad)
+        return dq, dk, dv, dtau.squeeze(-1)
+
+    return torch.func.vjp(first, *tensors)[1](directions)
+
+
 @tiled_attention.register_vmap
 def _(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
-    return _one_by_one(tiled_attention, info, in_dims, arguments)
+    return one_by_one(tiled_attention, info, in_dims, arguments)
 
 
 class _Tiled(torch.autograd.Function):
@@ -372,7 +397,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Tiled.apply, info, in_dims, arguments)
+        return one_by_one(_Tiled.apply, info, in_dims, arguments)
 
 
 class _TiledBackward(torch.autograd.Function):
@@ -397,21 +422,24 @@ class _TiledBackward(torch.autograd.Function):
             )
         *tensors, mask = ctx.saved_tensors
 
-        def out(q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> Tensor:
-            settings = {"attn_mask": mask, "is_causal": causal, "dropout_p": 0.0, "empty_rows": empty_rows}
-            return reference_record(q, k, v, tau, scale=scale, **settings).out
-
-        def first(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-            dq, dk, dv, dtau = torch.func.vjp(out, q, k, v, tau.expand(*q.shape[:3], 1))[1](grad)
-            return dq, dk, dv, dtau.squeeze(-1)
-
-        dgrad, *rest = torch.func.vjp(first, *tensors)[1](directions)
+        dgrad, *rest = second_derivatives(tensors, directions, mask, scale, causal, empty_rows)
         # D = dO . o comes in as `out`, but it is q, k and v that it depends on: `rest` contains its share.
         return dgrad, None, *rest, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _one_by_one(_TiledBackward.apply, info, in_dims, arguments)
+        return one_by_one(_TiledBackward.apply, info, in_dims, arguments)
+
+
+def differentiates(*tensors: Tensor) -> bool:
+    """Whether a derivative may be asked for: by autograd, or by torch.func, whose tensors do not say so."""
+    if _transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+# What torch.autograd.Function asks itself; should it be renamed, every call goes through the Function.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def tiled_out(
@@ -436,5 +464,4 @@ def tiled_out(
     seed = torch.randint(2**62, ()) if dropout_p else torch.zeros((), dtype=torch.int64)
     arguments = (q, k, v, tau, attn_mask, scale, is_causal, dropout_p, seed, empty_rows, statistics)
     # Without a derivative to take, the op alone does, and a Function's bookkeeping is felt where N is small.
-    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, tau))
-    return _Tiled.apply(*arguments) if differentiates else tiled_attention(*arguments)
+    return _Tiled.apply(*arguments) if differentiates(q, k, v, tau) else tiled_attention(*arguments)

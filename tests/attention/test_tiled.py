@@ -289,6 +289,7 @@ def test_function_transforms(mode):
         lambda b: torch.func.grad(loss, (0, 1, 2, 3))(q, k, v, tau, b),
         lambda b: torch.func.vmap(torch.func.grad(lambda *x: single(*x, tau, b), (0, 1, 2)))(q, k, v),
         lambda b: torch.func.vmap(lambda x: single(x, k[0], v[0], tau, b))(q),
+        lambda b: torch.func.grad(lambda x: torch.func.vmap(lambda y: single(y, k[0], v[0], tau, b))(x).sum())(q),
         lambda b: torch.func.jacrev(torch.func.jacrev(lambda x: single(x, k[0], v[0], tau, b)))(q[0]),
         lambda b: torch.func.hessian(lambda x: single(x, k[0], v[0], tau, "auto"))(q[0]),
     ):
