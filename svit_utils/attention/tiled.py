@@ -90,9 +90,13 @@ class _Problem:
         # One pair for each thread: a batch of products runs in parallel, a single one hardly does. Dropout draws tile
         # by tile, so there the number of threads has no say.
         pairs = PAIRS_WITH_DROPOUT if self.dropout else torch.get_num_threads()
-        tiles = max(1, round(n * m / min(TILE, max(1, MOST // pairs))))
+        # The backward pass holds three such tiles, and is at its best when they are half as large. With dropout both
+        # passes have to go through the same ones.
+        size = TILE // 2 if self.keeps_probs or self.dropout else TILE
+        size = max(1, min(size, MOST // pairs))
+        tiles = max(1, round(n * m / size))
         rows = -(-n // min(tiles, max(n, 1))) or 1  # tiles of equal height
-        chunk = max(1, min(groups, pairs * max(1, TILE // max(1, rows * m))))
+        chunk = max(1, min(groups, pairs * max(1, size // max(1, rows * m))))
         draws = torch.Generator().manual_seed(self.seed) if self.dropout else None
         buffers = [self.q.new_empty(chunk * rows * m) for _ in range(3 if self.keeps_probs else 1)]
         for first in range(0, groups, chunk):
