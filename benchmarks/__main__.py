@@ -8,10 +8,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import accuracy, attention, targets, tiles, tracker, vit
+from benchmarks import accuracy, attention, parts, targets, tiles, tracker, vit
 from benchmarks.measure import Plan, write
 
-SECTIONS = {"attention": attention, "vit": vit, "accuracy": accuracy, "tiles": tiles, "tracker_overhead": tracker}
+SECTIONS = {
+    "attention": attention,
+    "parts": parts,
+    "vit": vit,
+    "accuracy": accuracy,
+    "tiles": tiles,
+    "tracker_overhead": tracker,
+}
 
 
 def main() -> None:

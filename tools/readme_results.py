@@ -1,4 +1,4 @@
-"""``make results``: write the README's results from the recorded rows, so that it claims nothing they do not hold.
+"""``make results``: write the README's results and costs from the recorded rows, so that it claims nothing they do not hold.
 
 ``--check`` changes nothing and exits 1 when the README differs.
 """
@@ -15,6 +15,8 @@ from svit_utils.paths import results_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+COST_BEGIN, COST_END = "<!-- cost: begin -->", "<!-- cost: end -->"
+COMPARED = ("tiled", "plain formula", "plain, compiled", "entmax15", "sparsemax", "top-k")
 
 
 def block(folder: Path) -> str:
@@ -45,11 +47,53 @@ def block(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def stamped(text: str, content: str) -> str:
+def cost(folder: Path) -> str:
+    """Time over that of fused dense attention, in Markdown, from ``bench/attention.csv`` and ``bench/vit.csv``."""
+    rows = recorded(folder / "bench" / "attention.csv")
+    if not rows:
+        return "Not measured yet.\n"
+    threads = min(int(row["threads"]) for row in rows)
+    found = {
+        (row["variant"], row["direction"], int(row["n"])): float(row["ratio_to_sdpa"])
+        for row in rows
+        if row["logits"] == "independent" and int(row["threads"]) == threads
+    }
+    lengths = sorted({n for _, _, n in found})
+    lines = ["| forward / forward + backward | " + " | ".join(f"N = {n}" for n in lengths) + " |"]
+    lines.append("| --- " * (1 + len(lengths)) + "|")
+    for variant in COMPARED:
+        cells = []
+        for n in lengths:
+            both = [found.get((variant, direction, n)) for direction in ("forward", "forward+backward")]
+            cells.append(" / ".join("" if ratio is None else f"{ratio:.2f}" for ratio in both))
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    steps = {
+        (row["model"], row["img_size"], row["what"]): float(row["ratio_to_dense"])
+        for row in recorded(folder / "bench" / "vit.csv")
+        if row["variant"] == "sparse"
+    }
+    models = [f"{m.split('_patch')[0]} at {size} px, {what}: {r:.2f}" for (m, size, what), r in steps.items()]
+    parts = ["\n".join(lines) + "\n"]
+    if models:
+        parts.append(f"Whole models, sparse over dense, all cores: {'; '.join(models)}.\n")
+    first = rows[0]
+    parts.append(
+        f"Medians, one run, {threads} thread{'s' * (threads > 1)}, float32, head size 64, tau {first['tau']}; "
+        f"{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.\n"
+    )
+    return "\n".join(parts)
+
+
+def stamped(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with ``content`` between the markers."""
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    return f"{before}{BEGIN}\n\n{content}\n{END}{after}"
+    before, rest = text.split(begin, 1)
+    _, after = rest.split(end, 1)
+    return f"{before}{begin}\n\n{content}\n{end}{after}"
+
+
+def whole(text: str, folder: Path) -> str:
+    """The README's text with both of its parts written anew."""
+    return stamped(stamped(text, block(folder)), cost(folder), COST_BEGIN, COST_END)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     readme = ROOT / "README.md"
     now = readme.read_text(encoding="utf-8")
-    wanted = stamped(now, block(results_dir()))
+    wanted = whole(now, results_dir())
     if args.check:
         if now != wanted:
             print("the README's results differ from results/: run `make results`")

@@ -30,7 +30,7 @@ def test_the_readme_shows_what_the_results_hold() -> None:
     finally:
         sys.path.pop(0)
     now = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert now == readme_results.stamped(now, readme_results.block(results_dir())), "run `make results`"
+    assert now == readme_results.whole(now, results_dir()), "run `make results`"
 
 
 def test_every_recorded_row_says_where_it_comes_from() -> None:

@@ -7,7 +7,7 @@
 - ``norenorm``: what is left after the cut is not renormalised.
 
 The fault is put in right after `svit_utils.attention.reference` is imported, so that every module that takes the
-function from there gets the broken one. With ``SVIT_MUTANT_LOG`` a line is written to that file at its first call.
+function from there gets the broken one; ``backend="auto"`` is made to choose that one always. With ``SVIT_MUTANT_LOG`` a line is written to that file at its first call.
 """
 
 import importlib.abc
@@ -15,7 +15,8 @@ import importlib.util
 import os
 import sys
 
-TARGET = "svit_utils.attention.reference"
+REFERENCE = "svit_utils.attention.reference"
+DISPATCH = "svit_utils.attention.functional"
 FUNCTION = "_weights_from_probs"
 MUTANTS = ("softmax", "tau2", "norenorm")
 
@@ -50,15 +51,18 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        setattr(module, FUNCTION, broken(getattr(module, FUNCTION), self.kind))
+        if module.__name__ == REFERENCE:
+            setattr(module, FUNCTION, broken(getattr(module, FUNCTION), self.kind))
+        else:
+            module.backend_for = lambda *args, **kwargs: "reference"  # `thresholded_attention` looks it up there
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, kind):
-        self.kind, self.busy = kind, False
+        self.kind, self.busy = kind, False  # busy: looking for the module itself
 
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET or self.busy:
+        if name not in (REFERENCE, DISPATCH) or self.busy:
             return None
         self.busy = True
         try:
