@@ -1,4 +1,4 @@
-"""``make results``: write the README's results and costs from the recorded rows, so that it claims nothing they do not hold.
+"""``make results``: write the README's results and costs from the recorded rows: it claims nothing they do not hold.
 
 ``--check`` changes nothing and exits 1 when the README differs.
 """

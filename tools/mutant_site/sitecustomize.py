@@ -7,7 +7,8 @@
 - ``norenorm``: what is left after the cut is not renormalised.
 
 The fault is put in right after `svit_utils.attention.reference` is imported, so that every module that takes the
-function from there gets the broken one; ``backend="auto"`` is made to choose that one always. With ``SVIT_MUTANT_LOG`` a line is written to that file at its first call.
+function from there gets the broken one; ``backend="auto"`` is made to choose that one always. With
+``SVIT_MUTANT_LOG`` a line is written to that file at its first call.
 """
 
 import importlib.abc
