@@ -31,6 +31,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # head sizes beyond do not fit on the chip
 SAVED = 8  # numbers per row, see `triton_kernels`
 SKIP_TILES = True
+STAGES = 2  # tiles under way at once: a third one would not fit beside heads 128 wide
+OLDEST = (8, 0)  # compute capability; older GPUs, such as the T4, have too little shared memory for these tiles
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Blocks:
 def forward_blocks(m: int, width: int, dtype: torch.dtype) -> Blocks:
     """Tiles of the forward kernel for m keys and head sizes up to ``width``.
 
-    float32 products are done without tensor cores, and its tiles take twice the room: they are smaller. A T4 has 64 KiB
-    of shared memory for a program, the smallest of the GPUs in use.
+    float32 products are done without tensor cores, and its tiles take twice the room: they are smaller. All of them fit
+    into 99 KiB of shared memory, what a program gets on consumer cards from compute capability 8.0 on.
     """
     if m <= 256 and width <= 64 and dtype != torch.float32:
         return Blocks(64, max(16, _power_of_two(m)), 8 if m > 128 else 4, single=True)
@@ -75,6 +77,8 @@ def unavailable(device: torch.device) -> str:
         return "triton is not installed (it comes with PyTorch's CUDA builds on Linux)"
     if device.type != "cuda" and not _interpreted():
         return f"q is on {device}: it runs on CUDA devices, and elsewhere only under TRITON_INTERPRET=1"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+        return "it needs a GPU of compute capability 8.0 or newer"
     return ""
 
 
@@ -127,7 +131,7 @@ def forward(
             D=d, DV=dv, BLOCK_D=max(16, _power_of_two(d)), BLOCK_DV=max(16, _power_of_two(dv)),
             BLOCK_N=blocks.queries, BLOCK_M=blocks.keys,
             MODE=EMPTY_ROWS.index(empty_rows), CAUSAL=causal, MASK=kind, SINGLE=blocks.single, GRAD=grad,
-            SKIP=SKIP_TILES, WIDEN=_interpreted(), num_warps=blocks.warps,
+            SKIP=SKIP_TILES, WIDEN=_interpreted(), num_warps=blocks.warps, num_stages=STAGES,
         )  # fmt: skip
     return out, saved, u, visited
 
@@ -171,7 +175,7 @@ def backward(
         "D": d, "DV": dv, "BLOCK_D": max(16, _power_of_two(d)), "BLOCK_DV": max(16, _power_of_two(dv)),
         "BLOCK_N": blocks.queries, "BLOCK_M": blocks.keys,
         "MODE": EMPTY_ROWS.index(empty_rows), "CAUSAL": causal, "MASK": mask_kind,
-        "WIDEN": _interpreted(), "num_warps": blocks.warps,
+        "WIDEN": _interpreted(), "num_warps": blocks.warps, "num_stages": STAGES,
     }  # fmt: skip
     all_strides = (*q.stride(), *k.stride(), *v.stride(), *strides)
     of_queries, of_keys = -(-n // blocks.queries), -(-m // blocks.keys)

@@ -1,13 +1,17 @@
 """The Triton backend against the reference; in Triton's interpreter (tests/conftest.py), or on a GPU if there is one.
 
-The interpreter computes in NumPy what each program does, in turn: it shows that the numbers are right, not that the
-kernels compile or are fast.
+The interpreter computes in NumPy what each program does, in turn: it shows that the numbers are right. That the kernels
+compile, and fit on the chip, is tested without a GPU as well; how fast they are is not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -26,6 +30,7 @@ from svit_utils.attention import (
 )
 from svit_utils.attention import triton_backend as backend
 from svit_utils.attention.triton_backend import Blocks
+from svit_utils.paths import repo_root
 from tests.attention.test_tiled import MASKS, TAUS, derivatives, masking, threshold
 from tests.attention.test_tiled import inputs as cpu_inputs
 
@@ -293,6 +298,24 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
         thresholded_attention(q, k, v, 0.1, backend="triton")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@pytest.mark.slow
+def test_the_kernels_compile_and_fit_on_the_chip(tmp_path):
+    """For GPUs from compute capability 8.0 on, by Triton's compiler, which needs none."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.attention.compile_triton"]
+    done = subprocess.run(command, env=environment, cwd=repo_root(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {(row["kernel"], row["capability"]) for row in compiled} == {
+        (kernel, capability) for kernel in ("forward_kernel", "query_kernel", "key_kernel") for capability in (80, 90)
+    }
+    for row in compiled:
+        assert row["bytes of PTX"] > 1000
+        assert row["shared"] <= 99 * 1024, row
 
 
 def test_auto_on_a_gpu(monkeypatch):
