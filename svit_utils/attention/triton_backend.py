@@ -30,6 +30,7 @@ from svit_utils.attention.tiled import differentiates, one_by_one, second_deriva
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # head sizes beyond do not fit on the chip
 SAVED = 8  # numbers per row, see `triton_kernels`
+REGULAR, FALLBACK, CAPPED = 0, 1, 2  # kinds of row
 SKIP_TILES = True
 STAGES = 2  # tiles under way at once: a third one would not fit beside heads 128 wide
 OLDEST = (8, 0)  # compute capability; older GPUs, such as the T4, have too little shared memory for these tiles
@@ -52,9 +53,9 @@ def forward_blocks(m: int, width: int, dtype: torch.dtype) -> Blocks:
     into 99 KiB of shared memory, what a program gets on consumer cards from compute capability 8.0 on.
     """
     if m <= 256 and width <= 64 and dtype != torch.float32:
-        return Blocks(64, max(16, _power_of_two(m)), 8 if m > 128 else 4, single=True)
+        return Blocks(64, _tile_side(m), 8 if m > 128 else 4, single=True)
     if m <= 64:
-        return Blocks(32, max(16, _power_of_two(m)), 4, single=True)
+        return Blocks(32, _tile_side(m), 4, single=True)
     if dtype == torch.float32 or width > 128:
         return Blocks(32, 32, 4)
     return Blocks(128, 64, 8) if width <= 64 else Blocks(64, 64, 4)
@@ -67,8 +68,9 @@ def backward_blocks(width: int, dtype: torch.dtype) -> Blocks:
     return Blocks(64, 64, 4)
 
 
-def _power_of_two(x: int) -> int:
-    return 1 << max(0, x - 1).bit_length()
+def _tile_side(x: int) -> int:
+    """The power of two that holds x, and at least 16, the smallest side of a product in Triton."""
+    return max(16, 1 << max(0, x - 1).bit_length())
 
 
 def unavailable(device: torch.device) -> str:
@@ -94,6 +96,16 @@ def _mask_of(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, tuple[i
     mask = mask.expand(*q.shape[:3], k.shape[2])
     kind = 1 if mask.dtype == torch.bool else 2
     return (mask.view(torch.uint8) if kind == 1 else mask), mask.stride(), kind
+
+
+def _constants(d: int, dv: int, blocks: Blocks, empty_rows: str, causal: bool, mask_kind: int) -> dict[str, Any]:
+    """What all three kernels are compiled for."""
+    return {
+        "D": d, "DV": dv, "BLOCK_D": _tile_side(d), "BLOCK_DV": _tile_side(dv),
+        "BLOCK_N": blocks.queries, "BLOCK_M": blocks.keys,
+        "MODE": EMPTY_ROWS.index(empty_rows), "CAUSAL": causal, "MASK": mask_kind,
+        "WIDEN": _interpreted(), "num_warps": blocks.warps, "num_stages": STAGES,
+    }  # fmt: skip
 
 
 def forward(
@@ -128,10 +140,7 @@ def forward(
             q, k, v, tau, given, out, saved, u, visited,
             *q.stride(), *k.stride(), *v.stride(), *tau.stride()[:3], *strides,
             per_pair, heads, n, m, scale,
-            D=d, DV=dv, BLOCK_D=max(16, _power_of_two(d)), BLOCK_DV=max(16, _power_of_two(dv)),
-            BLOCK_N=blocks.queries, BLOCK_M=blocks.keys,
-            MODE=EMPTY_ROWS.index(empty_rows), CAUSAL=causal, MASK=kind, SINGLE=blocks.single, GRAD=grad,
-            SKIP=SKIP_TILES, WIDEN=_interpreted(), num_warps=blocks.warps, num_stages=STAGES,
+            SINGLE=blocks.single, GRAD=grad, SKIP=SKIP_TILES, **_constants(d, dv, blocks, empty_rows, causal, kind),
         )  # fmt: skip
     return out, saved, u, visited
 
@@ -160,23 +169,17 @@ def backward(
         return dq.zero_(), dk.zero_(), dv_.zero_(), saved.new_zeros((batch, heads, n))
     grad = grad.contiguous()
     wide = grad.float()
-    largest, _, cut, total, count, _, kind, _ = saved.unbind(-1)
-    del largest
+    _, _, cut, total, count, _, kind, _ = saved.unbind(-1)
     dots = (wide * out).sum(dim=-1)  # D [B, H, N]
     over_sum = torch.where(total > 0, 1 / total, torch.where(total == 0, 0.0, total))  # NaN stays
     shared = ((wide * u).sum(dim=-1) - count * dots) * over_sum  # G
-    regular, capped = kind == kernels.REGULAR, kind == kernels.CAPPED
+    regular, capped = kind == REGULAR, kind == CAPPED
     dtau = torch.where(regular, -shared, 0.0)
     at_largest = torch.where(capped, -shared / 2, 0.0)
     prepared = torch.stack((over_sum, dots, torch.where(regular, cut * shared, 0.0), at_largest), dim=-1)
     blocks = blocks or backward_blocks(max(d, dv), torch.promote_types(q.dtype, v.dtype))
     given, strides, mask_kind = _mask_of(mask, q, k)
-    common = {
-        "D": d, "DV": dv, "BLOCK_D": max(16, _power_of_two(d)), "BLOCK_DV": max(16, _power_of_two(dv)),
-        "BLOCK_N": blocks.queries, "BLOCK_M": blocks.keys,
-        "MODE": EMPTY_ROWS.index(empty_rows), "CAUSAL": causal, "MASK": mask_kind,
-        "WIDEN": _interpreted(), "num_warps": blocks.warps, "num_stages": STAGES,
-    }  # fmt: skip
+    common = _constants(d, dv, blocks, empty_rows, causal, mask_kind)
     all_strides = (*q.stride(), *k.stride(), *v.stride(), *strides)
     of_queries, of_keys = -(-n // blocks.queries), -(-m // blocks.keys)
     with _on(q):
@@ -194,15 +197,14 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device_of(x)
 
 
-def statistics_of(saved: Tensor, empty_rows: str) -> Tensor:
+def statistics_of(saved: Tensor) -> Tensor:
     """What the tracker asks of each row, [B, H, N, 4], as `svit_utils.attention.tiled` orders it."""
     _, _, cut, total, count, squares, kind, _ = saved.unbind(-1)
-    fell_back = kind == 1
-    nonzero = count
+    fell_back = kind == FALLBACK
     support = torch.where(squares > 0, total.square() / squares, 0.0)
     survivors = torch.where(fell_back, 0.0, count)
     mass = torch.where(fell_back, 0.0, total + count * cut)
-    return torch.stack((survivors, mass, nonzero, support), dim=-1)
+    return torch.stack((survivors, mass, count, support), dim=-1)
 
 
 _FORWARD = (
@@ -324,4 +326,4 @@ def triton_out(
     with no_autocast(q.device.type):
         results = _Triton.apply(*arguments) if differentiates(q, k, v, tau) else triton_attention(*arguments, False)
     out, saved, _ = results
-    return out, statistics_of(saved.detach(), empty_rows) if statistics else saved[..., :0]
+    return out, statistics_of(saved.detach()) if statistics else saved[..., :0]

@@ -13,11 +13,9 @@ Written for Triton's compiler and its interpreter alike: no early exit, no branc
 import triton
 import triton.language as tl
 
-ZERO, DENSE, TOP1, CAP = 0, 1, 2, 3  # empty_rows
-# What is saved of each row, in this order (all float32; an index is exact in it up to 2 ** 24 keys).
-LARGEST, INVERSE, CUT, SUM, COUNT, SQUARES, KIND, WHERE = range(8)
-SAVED = 8
-REGULAR, FALLBACK, CAPPED, DEAD = 0, 1, 2, 3  # kinds of row
+# MODE is empty_rows: 0 zero, 1 dense, 2 top1, 3 cap. A row's kind: 0 regular, 1 fallback, 2 capped, 3 without keys.
+# Saved of each row, in this order: largest score, 1 / softmax normaliser, cut, Z, survivors, sum of squares, kind,
+# index of the largest key (all float32; an index is exact in it up to 2 ** 24 keys).
 # Scores are compared with the cut before they are exponentiated, with this much room for rounding.
 ROOM = tl.constexpr(1e-3)
 
@@ -190,8 +188,21 @@ def _gradients(
 
 
 @triton.jit
-def _row(pointer, column, pairs_row, rows, n):
-    return tl.load(pointer + pairs_row * 8 + column, mask=rows < n, other=0.0)
+def _of_rows(saved, gradients, pairs_row, inside):
+    """What `_gradients` needs of each row, from both passes: 0 for rows outside."""
+    saved += pairs_row * 8
+    gradients += pairs_row * 4
+    return (
+        tl.load(saved + 0, mask=inside, other=0.0),
+        tl.load(saved + 1, mask=inside, other=0.0),
+        tl.load(saved + 2, mask=inside, other=0.0),
+        tl.load(saved + 6, mask=inside, other=0.0).to(tl.int32),
+        tl.load(saved + 7, mask=inside, other=0.0).to(tl.int32),
+        tl.load(gradients + 0, mask=inside, other=0.0),
+        tl.load(gradients + 1, mask=inside, other=0.0),
+        tl.load(gradients + 2, mask=inside, other=0.0),
+        tl.load(gradients + 3, mask=inside, other=0.0),
+    )
 
 
 @triton.jit
@@ -214,16 +225,9 @@ def query_kernel(
     q = _load(Q + b * qb + h * qh, rows, depth, qn, qd, n, D, WIDEN)
     pairs_row = pair * n + rows
     do = _load(DO + pair * n * DV, rows, width, DV, 1, n, DV, WIDEN)
-    largest = _row(SAVED_ROWS, 0, pairs_row, rows, n)
-    inverse = _row(SAVED_ROWS, 1, pairs_row, rows, n)
-    cut = _row(SAVED_ROWS, 2, pairs_row, rows, n)
-    kind = _row(SAVED_ROWS, 6, pairs_row, rows, n).to(tl.int32)
-    where = _row(SAVED_ROWS, 7, pairs_row, rows, n).to(tl.int32)
-    G = GRADIENTS + pairs_row * 4
-    over_sum = tl.load(G + 0, mask=rows < n, other=0.0)
-    dots = tl.load(G + 1, mask=rows < n, other=0.0)
-    shared = tl.load(G + 2, mask=rows < n, other=0.0)
-    at_largest = tl.load(G + 3, mask=rows < n, other=0.0)
+    largest, inverse, cut, kind, where, over_sum, dots, shared, at_largest = _of_rows(
+        SAVED_ROWS, GRADIENTS, pairs_row, rows < n
+    )
     stop = m
     if CAUSAL:
         stop = tl.minimum(m, (block + 1) * BLOCK_N)
@@ -267,16 +271,9 @@ def key_kernel(
         pairs_row = pair * n + rows
         q = _load(Q, rows, depth, qn, qd, n, D, WIDEN)
         do = _load(DO + pair * n * DV, rows, width, DV, 1, n, DV, WIDEN)
-        largest = _row(SAVED_ROWS, 0, pairs_row, rows, n)
-        inverse = _row(SAVED_ROWS, 1, pairs_row, rows, n)
-        cut = _row(SAVED_ROWS, 2, pairs_row, rows, n)
-        kind = _row(SAVED_ROWS, 6, pairs_row, rows, n).to(tl.int32)
-        where = _row(SAVED_ROWS, 7, pairs_row, rows, n).to(tl.int32)
-        G = GRADIENTS + pairs_row * 4
-        over_sum = tl.load(G + 0, mask=rows < n, other=0.0)
-        dots = tl.load(G + 1, mask=rows < n, other=0.0)
-        shared = tl.load(G + 2, mask=rows < n, other=0.0)
-        at_largest = tl.load(G + 3, mask=rows < n, other=0.0)
+        largest, inverse, cut, kind, where, over_sum, dots, shared, at_largest = _of_rows(
+            SAVED_ROWS, GRADIENTS, pairs_row, rows < n
+        )
         s = _scores(q, k, MASK_PTR, rows, keys, mn, mm, scale, n, m, CAUSAL, MASK)
         weights, ds = _gradients(
             s, do, v, keys, largest, inverse, cut, kind, where, over_sum, dots, shared, at_largest, MODE

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from svit_utils.attention import EMPTY_ROWS
 from svit_utils.attention import triton_backend as backend
 from svit_utils.attention import triton_kernels as kernels
 
@@ -54,15 +55,12 @@ def compiled(kernel: Any, dtype: torch.dtype, capability: int, blocks: backend.B
 def main() -> None:
     """Compile every case."""
     for capability, dtype, d, m, mode, causal, mask in CASES:
-        width = max(16, backend._power_of_two(d))
         for kernel in (kernels.forward_kernel, kernels.query_kernel, kernels.key_kernel):
             forward = kernel is kernels.forward_kernel
             blocks = backend.forward_blocks(m, d, dtype) if forward else backend.backward_blocks(d, dtype)
-            values = {
-                **{"D": d, "DV": d, "BLOCK_D": width, "BLOCK_DV": width, "BLOCK_N": blocks.queries},
-                **{"BLOCK_M": blocks.keys, "MODE": mode, "CAUSAL": causal, "MASK": mask, "SINGLE": blocks.single},
-                **{"GRAD": True, "SKIP": True, "WIDEN": False},
-            }
+            values = backend._constants(d, d, blocks, EMPTY_ROWS[mode], causal, mask)
+            values = {name: value for name, value in values.items() if name.isupper()}  # without Triton's own options
+            values |= {"SINGLE": blocks.single, "GRAD": True, "SKIP": True}
             result = compiled(kernel, dtype, capability, blocks, values)
             row = {
                 "kernel": kernel.fn.__name__,
