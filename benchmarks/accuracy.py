@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Plan, Row
-from benchmarks.variants import inputs
+from benchmarks.variants import fast_backend, inputs
 from svit_utils.attention import thresholded_attention
 
 NAMES = ("out", "dq", "dk", "dv", "dtau")
@@ -15,7 +15,7 @@ NAMES = ("out", "dq", "dk", "dv", "dtau")
 def rows(plan: Plan) -> list[Row]:
     """Largest and root mean square error of output and gradients, each divided by the exact one's largest entry."""
     n, heads = (197, 2) if plan.quick else (577, 6)
-    backends = ("reference", "triton" if plan.device == "cuda" else "tiled")
+    backends = ("reference", fast_backend(plan.device))
     found: list[Row] = []
     for tau in (plan.tau / 4, plan.tau):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -8,9 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import Plan, Row, in_turn, peak_growths, summarised
-from benchmarks.variants import LENGTHS, LOGITS, Attention, cut_share, inputs, variants
-
-OURS = ("sdpa", "plain formula", "tiled", "triton")
+from benchmarks.variants import LENGTHS, LOGITS, Attention, cut_share, fast_backend, inputs, variants
 
 
 def rows(plan: Plan) -> list[Row]:
@@ -40,6 +38,7 @@ def rows(plan: Plan) -> list[Row]:
 
 
 def direction(grad: bool) -> str:
+    """The name in the tables."""
     return "forward+backward" if grad else "forward"
 
 
@@ -48,7 +47,7 @@ def _compared(plan: Plan, n: int, grad: bool, logits: str, dtype: torch.dtype, e
     q, k, v = inputs(n, grad=grad, logits=logits, device=plan.device, dtype=dtype)
     functions: dict[str, Callable[[], object]] = {}
     for name, attention in variants(plan.tau, n, plan.device, grad).items():
-        if everything or name in OURS:
+        if everything or name in ("sdpa", "plain formula", fast_backend(plan.device)):
             functions[name] = partial(call, attention, q, k, v)
     summary = summarised(in_turn(functions, plan), "sdpa")
     return [{"variant": name, **row} for name, row in summary.items()]

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.attention import call, direction
 from benchmarks.measure import Plan, Row
-from benchmarks.variants import fused_or_not, inputs, variants
+from benchmarks.variants import fast_backend, inputs, variants
 
 LEAST = 0.01  # operations with a smaller share of the time are put together
 
@@ -17,7 +17,7 @@ LEAST = 0.01  # operations with a smaller share of the time are put together
 def rows(plan: Plan) -> list[Row]:
     """Per length and direction: each operation's share of the time spent in operations, and how often it ran."""
     torch.set_num_threads(plan.threads[0])
-    name = list(fused_or_not(plan.device))[-1]
+    name = fast_backend(plan.device)
     activity = ProfilerActivity.CUDA if plan.device == "cuda" else ProfilerActivity.CPU
     found = []
     for n in (65,) if plan.quick else (197, 577, 2049):

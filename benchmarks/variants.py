@@ -51,15 +51,15 @@ def cut_share(n: int, tau: float, logits: str) -> float:
     return 1 - sum(float((r.probs > tau).float().mean()) for r in record) / len(record)
 
 
-def fused_or_not(device: str) -> dict[str, str]:
-    """Backends that belong to a device: name in the tables -> backend."""
-    return {"plain formula": "reference", **({"triton": "triton"} if device == "cuda" else {"tiled": "tiled"})}
+def fast_backend(device: str) -> str:
+    """This library's backend in linear memory for a device; it has the same name in the tables."""
+    return "triton" if device == "cuda" else "tiled"
 
 
 def variants(tau: float, n: int, device: str, grad: bool) -> dict[str, Attention]:
     """Every variant that this machine and this direction allow; SDPA first."""
     found: dict[str, Attention] = {"sdpa": F.scaled_dot_product_attention}
-    for name, backend in fused_or_not(device).items():
+    for name, backend in (("plain formula", "reference"), (fast_backend(device), fast_backend(device))):
         found[name] = lambda q, k, v, b=backend: thresholded_attention(q, k, v, tau, backend=b)  # type: ignore[misc]
     if device == "cuda" or shutil.which("g++") or shutil.which("clang++"):
         compiled = torch.compile(found["plain formula"], dynamic=False)

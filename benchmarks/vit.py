@@ -18,7 +18,7 @@ SIZES = (224, 384)
 
 
 def rows(plan: Plan) -> list[Row]:
-    """Dense, sparse with logits as spread as a trained model's, and sparse untrained, where every row is empty."""
+    """Dense, sparse with logits as spread as a trained model's, and sparse untrained, where most rows are empty."""
     torch.set_num_threads(plan.all_threads)
     found = []
     for name, images in MODELS[: 1 if plan.quick else None]:
@@ -49,7 +49,7 @@ def rows(plan: Plan) -> list[Row]:
 def model(name: str, size: int, plan: Plan, *, spread: bool, sparse: bool) -> nn.Module:
     """A timm model with random weights, seed 0.
 
-    Freshly drawn, its attention is so flat that every row is empty at tau = 0.01; ``spread`` scales the query and key
+    Freshly drawn, its attention is so flat that most rows are empty at tau = 0.01; ``spread`` scales the query and key
     projections until the logits are spread as in trained models.
     """
     torch.manual_seed(0)

@@ -36,6 +36,18 @@ def tile_of(floats: int):
         tiled.TILE = before
 
 
+@contextlib.contextmanager
+def poisoned_memory(monkeypatch):
+    """Uninitialised memory is filled with NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def inputs(shape, seed, dtype=torch.float64, strided=False):
     b, h, n, m, d, dv = shape
     g = torch.Generator().manual_seed(seed)
@@ -195,13 +207,8 @@ def test_every_number_is_written(mode, mask, monkeypatch):
     masked = masking(mask, shape, 5)
     with tile_of(30):
         wanted = derivatives(q, k, v, 0.1, empty_rows=mode, backend="tiled", **masked)
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            assert torch.empty(3).isnan().all()
+        with poisoned_memory(monkeypatch):
             got = derivatives(q, k, v, 0.1, empty_rows=mode, backend="tiled", **masked)
-        finally:
-            torch.use_deterministic_algorithms(False)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 

@@ -31,7 +31,7 @@ from svit_utils.attention import (
 from svit_utils.attention import triton_backend as backend
 from svit_utils.attention.triton_backend import Blocks
 from svit_utils.paths import repo_root
-from tests.attention.test_tiled import MASKS, TAUS, derivatives, masking, threshold
+from tests.attention.test_tiled import MASKS, TAUS, derivatives, masking, poisoned_memory, threshold
 from tests.attention.test_tiled import inputs as cpu_inputs
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -187,13 +187,8 @@ def test_every_number_is_written(mode, mask, monkeypatch):
     masked = moved(masking(mask, shape, 5))
     with blocks_of(16, 16):
         wanted = derivatives(q, k, v, 0.1, empty_rows=mode, backend="triton", **masked)
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            assert torch.empty(3).isnan().all()
+        with poisoned_memory(monkeypatch):
             got = derivatives(q, k, v, 0.1, empty_rows=mode, backend="triton", **masked)
-        finally:
-            torch.use_deterministic_algorithms(False)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
