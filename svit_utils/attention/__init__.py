@@ -1,5 +1,6 @@
 """Thresholded attention: the operator, its thresholds, the timm modules, the surgery that puts them in, the tracker."""
 
+from svit_utils.attention.alternatives import ALTERNATIVES, AlternativeAttention, use_alternative
 from svit_utils.attention.functional import (
     attention_record,
     attention_rows,
@@ -30,7 +31,9 @@ from svit_utils.attention.thresholds import (
 from svit_utils.attention.tracker import TokenSparsityTracker, TrackerSummary
 
 __all__ = [
+    "ALTERNATIVES",
     "EMPTY_ROWS",
+    "AlternativeAttention",
     "AttentionRecord",
     "AttentionRows",
     "FixedThreshold",
@@ -57,4 +60,5 @@ __all__ = [
     "sparsify",
     "thresholded_attention",
     "thresholded_softmax",
+    "use_alternative",
 ]

@@ -23,7 +23,9 @@ Layer = int | str
 _SUPPORTED = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SPARSE_CLASSES)
 _ATTENTION_NAME = re.compile(r"att(entio)?n|parallelscaling|^xca$", re.IGNORECASE)
 _POOLING_NAME = re.compile(r"pool", re.IGNORECASE)
-_SPARSE_ATTRIBUTES = ("empty_rows", "backend", "observers", "row_observers", "_dense_class")
+# What a sparse module has beyond its dense twin, except for its threshold, a child module.
+_SETTINGS = ("empty_rows", "backend", "normaliser", "setting")
+_SPARSE_ATTRIBUTES = (*_SETTINGS, "observers", "row_observers", "_dense_class")
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,11 @@ def sparsified(
         for module in sparse_modules(model).values():
             if module not in before:
                 _restore(module)
-        for module, (old_threshold, empty_rows, backend) in before.items():
+        for module, (sparse_class, old_threshold, settings) in before.items():
             if not isinstance(module, SparseAttentionMixin):  # made dense inside the block
-                _convert(module, old_threshold, empty_rows, backend)
-            module.threshold, module.empty_rows, module.backend = old_threshold, empty_rows, backend
+                _convert(module, old_threshold, settings["empty_rows"], settings["backend"])
+            module.__class__, module.threshold = sparse_class, old_threshold
+            module.__dict__.update(settings)
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionMixin]:
@@ -163,8 +166,8 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionMixin]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseAttentionMixin)}
 
 
-def _settings(module: SparseAttentionMixin) -> tuple[Any, str, str]:
-    return module.threshold, module.empty_rows, module.backend
+def _settings(module: SparseAttentionMixin) -> tuple[type[SparseAttentionMixin], Any, dict[str, Any]]:
+    return type(module), module.threshold, {name: vars(module)[name] for name in _SETTINGS if name in vars(module)}
 
 
 def _convert(module: nn.Module, threshold: ThresholdLike, empty_rows: str, backend: str) -> None:

@@ -25,6 +25,9 @@ class Arm:
         threshold: tau, or None for dense attention.
         tau_warmup: share of the steps over which tau rises linearly from 0 (0: full tau from the first step).
         empty_rows: see `svit_utils.thresholded_softmax`; without meaning for a dense arm.
+        alternative: one of `svit_utils.attention.ALTERNATIVES` in place of the thresholded softmax; None otherwise.
+        rho: how often a planted picture's ground belongs to its class, see `svit_utils.data.PlantedShapes`; in training
+            and validation. Test pictures always have rho = 0.
         steps, batch_size, lr, weight_decay, schedule, warmup: the recipe; ``warmup`` is the learning rate's, in steps.
         augment: crop and flip, for CIFAR-10.
         curriculum: steps in each stage of `CURRICULUM` before the standard pictures: from a cold start a ViT stays at
@@ -44,6 +47,8 @@ class Arm:
     threshold: float | None = None
     tau_warmup: float = 0.0
     empty_rows: str = "dense"
+    alternative: str | None = None
+    rho: float = 0.0
     steps: int = 150
     batch_size: int = 64
     lr: float = 5e-4
@@ -118,6 +123,31 @@ def _planted_sweep() -> tuple[Arm, ...]:
         *(Arm(f"tau{tau}", threshold=tau, tau_warmup=0.5) for tau in SWEEP),
         Arm("tau0.01-no-warmup", threshold=0.01),
     )
+
+
+STUDY_SEEDS = (0, 1, 2, 3, 4)
+STUDY_RHOS = (0.0, 0.9)
+STUDY_ARMS = ("dense", "sparse", "warmup")
+STUDY_CONTROLS = ("hard_cut", "top_k", "entmax15", "sparsemax")  # on the first three seeds
+
+
+def study_arm(kind: str, rho: float, seed: int) -> Arm:
+    """An arm of the study (results/study/PLAN.md): ``dense``, ``sparse``, ``warmup`` or one of `STUDY_CONTROLS`."""
+    recipe = Arm(
+        f"{kind}-rho{rho:g}-seed{seed}", rho=rho, seed=seed, precision="bf16", val_images=500, test_images=1000
+    )
+    if kind == "dense":
+        return recipe
+    if kind in ("sparse", "warmup"):
+        return replace(recipe, threshold=0.01, tau_warmup=0.5 if kind == "warmup" else 0.0)
+    return replace(recipe, alternative=kind)
+
+
+def _study() -> tuple[Arm, ...]:
+    # What decides comes first, in case the time runs out.
+    main = [study_arm(kind, rho, seed) for rho in STUDY_RHOS for seed in STUDY_SEEDS for kind in STUDY_ARMS]
+    controls = [study_arm(kind, rho, seed) for rho in STUDY_RHOS for seed in SEEDS for kind in STUDY_CONTROLS]
+    return (*main[:15], *controls[:12], *main[15:], *controls[12:])
 
 
 def _deit(name: str, threshold: float | None, tau_warmup: float, lr: float, seed: int) -> Arm:
@@ -196,6 +226,7 @@ DESIGNS: dict[str, Design] = {
         Design("planted_start", "The dense start on PlantedShapes", _planted_start(), 0.10, 0.10),
         Design("planted_pairs", "Dense and sparse from one start, three seeds", _planted_pairs(), 0.05, 0.10),
         Design("planted_sweep", "tau, each fine-tuned from the same start", _planted_sweep(), 0.05, 0.20),
+        Design("study", "The referee's arms: dense, sparse and controls from one dense start", _study(), 0.05, 0.20),
         Design("deit_cifar10", "DeiT-Tiny fine-tuned on CIFAR-10 at 224 px", _deit_cifar10(), 0.10, 0.20),
         Design("vit56_cifar10", "The small ViT from scratch on CIFAR-10 at 56 px", _vit56_cifar10(), 0.08, 0.10),
         Design("vit_base_smoke", "ViT-Base, two steps from random weights: that it runs", _vit_base_smoke(), 0.2, 0.3),

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsify
+from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsify, use_alternative
 from svit_utils.data import PlantedShapes, cifar10
 from svit_utils.experiments.designs import CURRICULUM, Arm, Design
 from svit_utils.models import create_model, load_embedded, save_weights
@@ -86,8 +86,7 @@ def run_arm(design: Design, arm: Arm, *, size: str = "full", resume: bool = True
     arm = arm if size == "full" else arm.small()
     started = time.time()
     model = start_model(arm)
-    if arm.threshold is not None:
-        sparsify(model, arm.threshold, empty_rows=arm.empty_rows)
+    cut(model, arm)
     val, test = dataset(arm, "val"), dataset(arm, "test")
     work = _work(design) / arm.name if size == "full" else None
     loss = float("nan")
@@ -125,11 +124,19 @@ def start_model(arm: Arm) -> nn.Module:
     return load_embedded(arm.start)
 
 
+def cut(model: nn.Module, arm: Arm) -> None:
+    """Put the arm's attention into a dense model, in place."""
+    if arm.alternative is not None:
+        use_alternative(model, arm.alternative)
+    elif arm.threshold is not None:
+        sparsify(model, arm.threshold, empty_rows=arm.empty_rows)
+
+
 def dataset(arm: Arm, split: str) -> Dataset:
     """The arm's data: all of the training split, the first images of the others."""
     if arm.data == "planted":
         size = {"train": None, "val": arm.val_images, "test": arm.test_images}[split]
-        return PlantedShapes(split, size)
+        return PlantedShapes(split, size, rho=0.0 if split == "test" else arm.rho)
     whole = cifar10(split, img_size=arm.img_size, augment=arm.augment and split == "train")
     count = {"train": len(whole), "val": arm.val_images, "test": arm.test_images}[split]
     return whole if count >= len(whole) else Subset(whole, range(count))
