@@ -1,4 +1,4 @@
-"""The command line: ``python -m svit_utils doctor | train | evaluate | experiment | explain``.
+"""The command line: ``python -m svit_utils doctor | train | evaluate | experiment | study | explain``.
 
 Each command's module is imported only when that command, or its help, is asked for, so that ``doctor`` runs where the
 other commands' libraries cannot be imported.
@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train or fine-tune a model, dense or sparse",
     "evaluate": "accuracy and sparsity of a checkpoint",
     "experiment": "run a recorded experiment, or what is missing of it (results/)",
+    "study": "run the referee's study, or what is missing of it (results/study/)",
     "explain": "attention maps, rollout and Grad-CAM of a checkpoint, exported as files",
 }
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Subset
 from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsify, use_alternative
 from svit_utils.data import PlantedShapes, cifar10
 from svit_utils.experiments.designs import CURRICULUM, Arm, Design
-from svit_utils.models import create_model, load_embedded, save_weights
+from svit_utils.models import create_model, load_embedded, load_weights, save_weights
 from svit_utils.paths import checkpoints_dir, repo_root, results_dir
 from svit_utils.provenance import provenance
 from svit_utils.training import TrainConfig, evaluate, train
@@ -112,6 +112,17 @@ def run_arm(design: Design, arm: Arm, *, size: str = "full", resume: bool = True
         card = {key: str(row[key]) for key in CARD}
         save_weights(model, checkpoints_dir() / f"{arm.save_as}.safetensors", card)
     return row, reported.correct
+
+
+def trained_model(design: Design, arm: Arm) -> nn.Module:
+    """The arm's model as it was trained, in eval mode; trained again where its weights are no longer there."""
+    weights = _work(design) / arm.name / f"stage{len(arm.curriculum)}" / "last.safetensors"
+    if not weights.is_file():
+        run_arm(design, arm)
+    model = start_model(arm)
+    cut(model, arm)
+    load_weights(model, weights)
+    return model.eval()
 
 
 def start_model(arm: Arm) -> nn.Module:
@@ -207,7 +218,7 @@ def _record(design: Design, path: Path, row: dict[str, Any], correct: np.ndarray
     """
     folder = _work(design) / "rows"
     bits = {"name": row["name"], "size": row["size"], "n": len(correct), "correct": pack(correct)}
-    _replace(folder / f"{row['name']}-{row['size']}.json", json.dumps({"row": row, "bits": bits}))
+    replace_file(folder / f"{row['name']}-{row['size']}.json", json.dumps({"row": row, "bits": bits}))
     finished = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     order = [arm.name for arm in design.arms]
     for target, part in ((path, "row"), (path.with_name(f"{path.stem}_correct.csv"), "bits")):
@@ -222,14 +233,14 @@ def _record(design: Design, path: Path, row: dict[str, Any], correct: np.ndarray
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(ordered)
-        _replace(target, text.getvalue())
+        replace_file(target, text.getvalue())
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a text file, which is replaced whole or not at all."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file, which is replaced whole or not at all; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
 
 

@@ -3,6 +3,7 @@ libraries."""
 
 from __future__ import annotations
 
+from svit_utils.explain.displayed import displayed, displayed_top
 from svit_utils.explain.export import METHODS, explain_batch, export_maps, load_maps
 from svit_utils.explain.gradcam import default_layer, grad_cam, layer_grad_cam
 from svit_utils.explain.grid import TokenGrid, readout_rows, token_grid, tokens_to_grid
@@ -17,6 +18,8 @@ __all__ = [
     "attention_rollout",
     "class_attention",
     "default_layer",
+    "displayed",
+    "displayed_top",
     "explain_batch",
     "export_maps",
     "grad_cam",
