@@ -7,7 +7,9 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--profile", default="full", help="full (results/study) or smoke (build/study-smoke)")
+    parser.add_argument(
+        "--profile", default="full", help="full (results/study), deit (results/study_deit) or smoke (build/study-smoke)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these parts, such as train or localisation")
     parser.add_argument("--tables", action="store_true", help="only write the tables anew from the recorded scores")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsified
 from svit_utils.data import PlantedShapes
@@ -38,11 +39,11 @@ FAITHFULNESS = ("deletion", "insertion", "road", "infidelity", "sparseness")
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained arm: its model, its kind, and for a dense arm the ``sparse`` model of the same seed, if it is there."""
+    """A trained arm: its model, its kind, its test pictures, and for a dense arm the ``sparse`` model of its seed."""
 
     kind: str
-    seed: int
     model: nn.Module
+    test: Dataset
     partner: nn.Module | None = None
 
     @property
@@ -109,7 +110,7 @@ def localisation(arm: Trained, profile: StudyProfile) -> Scores:
 def faithfulness(arm: Trained, profile: StudyProfile) -> Scores:
     """What disturbing the image says of each map; the baselines too, on this arm's model."""
     scores = Scores()
-    x = PlantedShapes("test").batch(profile.faithfulness).images
+    x = torch.stack([arm.test[index][0] for index in range(profile.faithfulness)])
     maps = model_maps(arm.model, x, arm.display_tau)
     maps |= baseline_maps(x, token_grid(arm.model, x).size)
     with torch.no_grad():

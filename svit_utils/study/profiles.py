@@ -39,6 +39,14 @@ def _full() -> StudyProfile:
     return StudyProfile("full", get_design("study"), results_dir() / "study")
 
 
+def _deit() -> StudyProfile:
+    """DeiT-Tiny on CIFAR-10: no masks, so only the label-free scores; one seed, described and not judged."""
+    design = get_design("deit_cifar10")
+    names = ("dense-lr3e-04-seed0", "sparse0.01-lr3e-04-seed0", "sparse0.01-warmup-lr3e-04-seed0")
+    arms = tuple(arm for arm in design.arms if arm.name in names)
+    return StudyProfile("deit", replace(design, arms=arms), results_dir() / "study_deit")
+
+
 def _smoke() -> StudyProfile:
     """Every part of the study, in a minute or two: a few steps, a few pictures. Its numbers mean nothing."""
     kinds = ("dense", "sparse", "warmup")
@@ -59,7 +67,7 @@ def _smoke() -> StudyProfile:
     )
 
 
-PROFILES = {"full": _full, "smoke": _smoke}
+PROFILES = {"full": _full, "deit": _deit, "smoke": _smoke}
 
 
 def get_study(name: str) -> StudyProfile:

@@ -11,7 +11,7 @@ import csv
 import gzip
 import io
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -23,11 +23,12 @@ import torch
 
 from svit_utils.experiments import Arm, run_design
 from svit_utils.experiments.designs import STUDY_ARMS
-from svit_utils.experiments.run import is_recorded, recorded, replace_file, trained_model
+from svit_utils.experiments.run import dataset, is_recorded, recorded, replace_file, trained_model
 from svit_utils.provenance import provenance
 from svit_utils.study.parts import PARTS, Scores, Trained, baselines
 from svit_utils.study.profiles import StudyProfile, get_study
 
+Task = tuple[str, ...]
 BASELINES = "baselines"
 CELL_COLUMNS = ("cell", "kind", "rho", "seed", "part", "empty_rows")
 SCORE_COLUMNS = ("kind", "rho", "seed", "part", "map", "layer", "head", "metric", "value")
@@ -42,6 +43,8 @@ def belongs(part: str, arm: Arm) -> bool:
     """Whether the plan asks for this part of this arm."""
     if part == "faithfulness":
         return arm.rho == 0 and arm_kind(arm) in STUDY_ARMS
+    if arm.data != "planted":
+        return False  # everything else needs masks
     # One seed is enough for a check that a map passes or fails by a wide margin.
     return part != "sanity" or arm.seed == 0
 
@@ -72,7 +75,7 @@ def run_study(profile: StudyProfile, *, jobs: int = 1, parts: Iterable[str] | No
     untrained = [arm.name for arm in profile.design.arms if not is_recorded(arms_csv, arm.name, "full")]
     _each(_train, [(profile.name, name) for name in untrained], jobs, "train")
     cells = [(part, arm.name) for arm in profile.design.arms for part in PARTS if part in wanted and belongs(part, arm)]
-    if "localisation" in wanted:
+    if any(part == "localisation" for part, _ in cells):
         cells.insert(0, ("localisation", BASELINES))
     done = {row["cell"] for row in recorded(profile.out / "cells.csv")}
     missing = [(profile.name, part, name) for part, name in cells if f"{part}/{name}" not in done]
@@ -83,7 +86,9 @@ def run_study(profile: StudyProfile, *, jobs: int = 1, parts: Iterable[str] | No
     return profile.out
 
 
-def _each(work: Any, tasks: list[tuple[str, ...]], jobs: int, what: str, profile: StudyProfile | None = None) -> None:
+def _each(
+    work: Any, tasks: Sequence[tuple[str, ...]], jobs: int, what: str, profile: StudyProfile | None = None
+) -> None:
     """Run the tasks in processes of their own; the results of each are recorded as it ends."""
     if not tasks:
         print(f"{what}: nothing left to do")
@@ -110,8 +115,9 @@ def _train(study: str, name: str) -> None:
 def _score(study: str, part: str, name: str) -> tuple[dict[str, Any], Scores]:
     torch.set_num_threads(1)
     profile, started = get_study(study), time.time()
+    about: dict[str, Any] = {"kind": BASELINES, "rho": "", "seed": "", "empty_rows": ""}
     if name == BASELINES:
-        scores, about = baselines(profile), {"kind": BASELINES, "rho": "", "seed": "", "empty_rows": ""}
+        scores = baselines(profile)
     else:
         arms = {arm.name: arm for arm in profile.design.arms}
         arm = arms[name]
@@ -119,8 +125,8 @@ def _score(study: str, part: str, name: str) -> tuple[dict[str, Any], Scores]:
         partner = arms.get(replace(arm, name=arm.name.replace("dense", "sparse", 1)).name)
         trained = Trained(
             kind,
-            arm.seed,
             trained_model(profile.design, arm),
+            dataset(arm, "test"),
             trained_model(profile.design, partner) if kind == "dense" and partner is not None else None,
         )
         scores = PARTS[part](trained, profile)

@@ -216,9 +216,9 @@ def verdict(results: dict[str, list[str]], better: dict[str, str] | None = None)
 
 def verdict_table(table: pd.DataFrame) -> pd.DataFrame:
     """`verdict` of "object-focused" (localisation) and "faithful" for each map of the two sparse arms."""
-    rows = []
     if table.empty:
-        return pd.DataFrame(rows)
+        return pd.DataFrame()
+    rows: list[dict[str, Any]] = []
     for family in ("localisation", "faithfulness"):
         part = table[table["family"] == family]
         for (kind, name), group in part.groupby(["first", "map"], sort=False):
