@@ -94,6 +94,14 @@ checkpoints: $(STAMP) ## train the shipped checkpoints anew (hours on a CPU)
 results: $(STAMP) ## write the results in README.md from results/
 	$(PY) tools/readme_results.py
 
+.PHONY: study
+study: $(STAMP) ## the referee's study, or what is missing of it (hours; PROFILE=smoke: two minutes, into build/study-smoke)
+	$(ONE_THREAD) $(PY) -m svit_utils study --profile $(or $(PROFILE),full) --jobs $(JOBS)
+
+.PHONY: study-tables
+study-tables: $(STAMP) ## write the study's tables anew from its recorded scores
+	$(ONE_THREAD) $(PY) -m svit_utils study --tables
+
 .PHONY: bench
 bench: $(STAMP) ## measure what the cut costs (about half an hour; nothing else should run), write results/bench/
 	$(PY) -m benchmarks

@@ -12,6 +12,7 @@ from pathlib import Path
 from svit_utils.experiments.run import recorded
 from svit_utils.experiments.summary import deit_table, planted_table, provenance_line, vit56_table
 from svit_utils.paths import results_dir
+from svit_utils.study.summary import study_sentence, study_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -34,6 +35,9 @@ def block(folder: Path) -> str:
         parts.append("\n".join(lines) + "\n" if lines else "Not run yet.\n")
         if lines and source:
             parts.append(provenance_line(source) + "\n")
+    lines = study_table(folder)
+    parts.append("**The referee: do the maps lie more on the object?** (PlantedShapes, N = 197, rho = 0)\n")
+    parts.extend(["\n".join(lines) + "\n", study_sentence(folder) + "\n"] if lines else ["Not run yet.\n"])
     tried = [row for row in recorded(folder / "vit_base_smoke.csv") if row["size"] == "full"]
     smoke = (
         f", and only tried at smoke size: {tried[0]['steps']} steps from random weights run to their end"
