@@ -23,8 +23,8 @@ LOCALISATION = ("pointing_game", "energy_in_mask", "iou_at_mask_area", "average_
 FAITHFULNESS = ("deletion", "insertion", "road", "infidelity", "max_sensitivity")
 CONTROLS = ("hard_cut", "top_k", "entmax15", "sparsemax")
 ALPHA = 0.05
-# Scores for which less is better, as they stand in the contrasts.
-LOWER_IS_BETTER = ("infidelity", "max_sensitivity", "background_swapped")
+# Scores for which less is better, as they stand in the contrasts; right answers without the object are the ground's.
+LOWER_IS_BETTER = ("infidelity", "max_sensitivity", "background_swapped", "erased accuracy")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def contrast_table(profile: StudyProfile) -> pd.DataFrame:
                 "second": f"{other} {shown.removeprefix(name + '_')}" if shown != name else other,
                 "map": name,
                 "metric": contrast.metric,
-                "better": "lower" if contrast.metric in LOWER_IS_BETTER else "higher",
+                "better": "lower"
+                if {contrast.metric, f"{name} {contrast.metric}"} & set(LOWER_IS_BETTER)
+                else "higher",
                 "seeds": result.n_seeds,
                 "images": result.n_images,
                 "mean": result.mean,
@@ -207,7 +209,7 @@ def verdict(results: dict[str, list[str]], better: dict[str, str] | None = None)
         ``"holds"``, ``"does not hold"`` or ``"open"``.
     """
     good = {score: (better or {}).get(score, "higher") for score in results}
-    up = any(all(r == good[score] for r in found) for score, found in results.items())
+    up = any(found and all(r == good[score] for r in found) for score, found in results.items())
     down = any(r not in (good[score], "open") for score, found in results.items() for r in found)
     if up and not down:
         return "holds"
