@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from svit_utils.experiments.run import recorded
@@ -18,7 +17,7 @@ from svit_utils.study import run as run_module
 from svit_utils.study.parts import PARTS, Scores
 from svit_utils.study.profiles import StudyProfile
 from svit_utils.study.run import arm_kind, belongs, read_images, write_images
-from svit_utils.study.tables import LOCALISATION, contrast_table, contrasts, tables, verdict, write_tables
+from svit_utils.study.tables import LOCALISATION, contrast_table, contrasts, verdict, write_tables
 
 FULL = get_study("full")
 STUDY = results_dir() / "study"
@@ -155,5 +154,4 @@ def test_every_cell_says_where_it_comes_from() -> None:
     with open(STUDY / "scores.csv", newline="", encoding="utf-8") as file:
         scores = list(csv.DictReader(file))
     assert {row["part"] for row in scores} == set(PARTS)
-    assert tables(FULL)["means"].notna()[["mean", "seeds"]].all().all()
-    assert isinstance(tables(FULL)["contrasts"], pd.DataFrame)
+    assert all(np.isfinite(float(row["value"])) for row in scores if row["metric"] in LOCALISATION)
