@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these parts, such as train or localisation")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="score only these arms, such as dense-rho0-seed0")
     parser.add_argument("--tables", action="store_true", help="only write the tables anew from the recorded scores")
 
 
@@ -25,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
         for path in write_tables(profile):
             print(path)
     else:
-        print(run_study(profile, jobs=args.jobs, parts=args.parts))
+        print(run_study(profile, jobs=args.jobs, parts=args.parts, arms=args.arms))
     return 0

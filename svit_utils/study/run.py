@@ -49,24 +49,31 @@ def belongs(part: str, arm: Arm) -> bool:
     return part != "sanity" or arm.seed == 0
 
 
-def run_study(profile: StudyProfile, *, jobs: int = 1, parts: Iterable[str] | None = None) -> Path:
+def run_study(
+    profile: StudyProfile, *, jobs: int = 1, parts: Iterable[str] | None = None, arms: Iterable[str] | None = None
+) -> Path:
     """Train what is not trained, score what is not scored, and write the tables.
 
     Args:
         profile: see `get_study`.
         jobs: processes, each with one thread.
         parts: only these parts; all by default. ``"train"`` alone only trains.
+        arms: score only these arms, by name; all by default.
 
     Returns:
         The folder of the results.
 
     Raises:
-        ValueError: unknown part, or fewer than one job.
+        ValueError: unknown part or arm, or fewer than one job.
     """
     wanted = ["train", *PARTS] if parts is None else list(parts)
     unknown = set(wanted) - {"train", *PARTS}
     if unknown:
         raise ValueError(f"unknown part {', '.join(sorted(unknown))}: allowed are train, {', '.join(PARTS)}")
+    names = [arm.name for arm in profile.design.arms]
+    chosen = set(names if arms is None else arms)
+    if strangers := chosen - set(names):
+        raise ValueError(f"unknown arm {', '.join(sorted(strangers))}: allowed are {', '.join(names)}")
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     profile.out.mkdir(parents=True, exist_ok=True)

@@ -134,6 +134,8 @@ def test_a_study_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert set(asked) == expected | {("localisation", "baselines")}
     with pytest.raises(ValueError, match="unknown part speed"):
         run_study(profile, parts=["speed"])
+    with pytest.raises(ValueError, match="unknown arm dense: allowed are dense-rho0-seed0"):
+        run_study(profile, arms=["dense"])
 
 
 @pytest.mark.skipif(not (STUDY / "cells.csv").is_file(), reason="the study is not recorded here")
