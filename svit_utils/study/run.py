@@ -81,7 +81,8 @@ def run_study(
     # Training first: a dense arm's maps are matched to those of the sparse arm with its seed.
     untrained = [arm.name for arm in profile.design.arms if not is_recorded(arms_csv, arm.name, "full")]
     _each(_train, [(profile.name, name) for name in untrained], jobs, "train")
-    cells = [(part, arm.name) for arm in profile.design.arms for part in PARTS if part in wanted and belongs(part, arm)]
+    scored = [arm for arm in profile.design.arms if arm.name in chosen]
+    cells = [(part, arm.name) for arm in scored for part in PARTS if part in wanted and belongs(part, arm)]
     if any(part == "localisation" for part, _ in cells):
         cells.insert(0, ("localisation", BASELINES))
     done = {row["cell"] for row in recorded(profile.out / "cells.csv")}

@@ -74,7 +74,7 @@ def test_the_true_order_of_a_sum_is_the_best_of_all() -> None:
 
 @pytest.mark.parametrize("kind", ["noise", "gradient", "zeros"])
 def test_infidelity(kind: str) -> None:
-    by_hand = extract_function(CHAPTER, "infidelity_by_hand")
+    by_hand = extract_function(CHAPTER, "infidelity_by_hand", {"torch": torch})
     model, target = Bent(), 1
     x = torch.randn(1, 3, 8, 12, generator=generator(3), dtype=torch.float64).requires_grad_()
     slope = torch.autograd.grad(model(x)[0, target], x)[0].sum(dim=1)  # [1, 8, 12]

@@ -132,6 +132,10 @@ def test_a_study_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert asked[:3] == first
     expected = {(part, arm.name) for arm in profile.design.arms for part in PARTS if belongs(part, arm)}
     assert set(asked) == expected | {("localisation", "baselines")}
+    (profile.out / "cells.csv").unlink()
+    asked.clear()
+    run_study(profile, parts=["background"], arms=["dense-rho0-seed0"])
+    assert asked == [("background", "dense-rho0-seed0")]
     with pytest.raises(ValueError, match="unknown part speed"):
         run_study(profile, parts=["speed"])
     with pytest.raises(ValueError, match="unknown arm dense: allowed are dense-rho0-seed0"):
