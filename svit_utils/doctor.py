@@ -27,6 +27,7 @@ NEEDED = {
     "numpy": "numpy",
     "scipy": "scipy",
     "pandas": "pandas",
+    "statsmodels": "statsmodels",
     "safetensors": "safetensors",
     "accelerate": "accelerate",
     "captum": "captum",
