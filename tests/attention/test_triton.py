@@ -91,7 +91,8 @@ def test_agrees_with_the_reference(shape, mask, tau, mode, blocks, strided, seed
     # where its rounding happens to cancel (a single key), its own error says nothing of that.
     record = attention_record(*(x.detach() for x in exact_inputs), tau, empty_rows=mode, **masked)
     z = (record.probs - record.tau).relu().sum(dim=-1)
-    rounding = 8 * torch.finfo(torch.float32).eps / float(z[z > 0].min()) if bool((z > 0).any()) else 0.0
+    worst = 1 / float(z[z > 0].min()) if bool((z > 0).any()) else 0.0
+    rounding = 8 * torch.finfo(torch.float32).eps * worst * q.shape[2]  # dk and dv add up N such rows
     for name, a, p, e in zip(NAMES, got, plain, exact, strict=False):
         room = 20 * float((p - e).abs().max()) + (2e-5 + rounding) * max(1.0, float(e.abs().max()))
         assert float((a - e).abs().max()) <= room, name
