@@ -12,6 +12,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -229,11 +230,16 @@ def _record(design: Design, path: Path, row: dict[str, Any], correct: np.ndarray
             key=lambda r: (order.index(r["name"]) if r["name"] in order else len(order), r["name"], r["size"]),
         )
         columns = dict.fromkeys([*(row if part == "row" else bits), *(column for r in ordered for column in r)])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(ordered)
-        replace_file(target, text.getvalue())
+        write_rows(target, columns, ordered)
+
+
+def write_rows(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write a CSV file, which is replaced whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

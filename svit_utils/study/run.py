@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 
 from svit_utils.experiments import Arm, run_design
 from svit_utils.experiments.designs import STUDY_ARMS
-from svit_utils.experiments.run import dataset, is_recorded, recorded, replace_file, trained_model
+from svit_utils.experiments.run import dataset, is_recorded, recorded, replace_file, trained_model, write_rows
 from svit_utils.provenance import provenance
 from svit_utils.study.parts import PARTS, Scores, Trained, baselines
 from svit_utils.study.profiles import StudyProfile, get_study
@@ -130,7 +128,7 @@ def _score(study: str, part: str, name: str) -> tuple[dict[str, Any], Scores]:
         arms = {arm.name: arm for arm in profile.design.arms}
         arm = arms[name]
         kind = arm_kind(arm)
-        partner = arms.get(replace(arm, name=arm.name.replace("dense", "sparse", 1)).name)
+        partner = arms.get(name.replace("dense", "sparse", 1))
         trained = Trained(
             kind,
             trained_model(profile.design, arm),
@@ -163,18 +161,10 @@ def _record(profile: StudyProfile, cell: dict[str, Any], scores: Scores) -> None
     def order(row: dict[str, Any]) -> tuple[Any, ...]:
         return parts.index(row["part"]), str(row["rho"]), str(row["kind"]), str(row["seed"])
 
-    _write_rows(profile.out / "scores.csv", SCORE_COLUMNS, sorted([*kept, *rows], key=order))
+    write_rows(profile.out / "scores.csv", SCORE_COLUMNS, sorted([*kept, *rows], key=order))
     cells = [row for row in recorded(profile.out / "cells.csv") if row["cell"] != cell["cell"]]
     columns = (*CELL_COLUMNS, *(key for key in cell if key not in CELL_COLUMNS))
-    _write_rows(profile.out / "cells.csv", columns, sorted([*cells, cell], key=order))
-
-
-def _write_rows(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(path, text.getvalue())
+    write_rows(profile.out / "cells.csv", columns, sorted([*cells, cell], key=order))
 
 
 def write_images(path: Path, images: dict[str, np.ndarray]) -> None:
