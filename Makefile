@@ -110,12 +110,26 @@ bench: $(STAMP) ## measure what the cut costs (about half an hour; nothing else 
 check-results: $(STAMP) ## rerun one row of each results file at small size and compare
 	$(PY) tools/check_results.py
 
+.PHONY: course
+course: $(STAMP) ## build the coursework into build/course/ (REPO=owner/name: where student/ will be pushed to)
+	PYTHONPATH=tools $(PY) -m coursework.build $(if $(REPO),--repository $(REPO))
+
+.PHONY: grade
+grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder (ASSIGNMENT=b SECONDS=20 TOTAL=300 MEMORY=2)
+	@test -n "$(SUBMISSIONS)" || { echo "make grade SUBMISSIONS=folder, with a folder per student in it; see notebooks/assignments/lecturer.md" >&2; exit 2; }
+	PYTHONPATH=tools $(PY) -m coursework.grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY))
+
+.PHONY: test-course
+test-course: $(STAMP) ## only the coursework's tests: planted answers, grading, nbgrader
+	$(ONE_THREAD) $(PY) -m pytest -q tests/course -n $(JOBS) --dist loadfile
+
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy and the notebook lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check svit_utils tests tools benchmarks conftest.py
 	$(PY) -m mypy
-	$(PY) tools/lint_notebooks.py notebooks/*.ipynb
+	$(PY) tools/lint_notebooks.py notebooks/*.ipynb notebooks/assignments/*.ipynb
 
 .PHONY: pins
 pins: $(STAMP) ## resolve requirements.txt anew from pyproject.toml

@@ -22,8 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A bare ``pytest --nbval`` is the notebook part: the unit tests are left to ``pytest``."""
+    """A bare ``pytest --nbval`` is the chapters: unit tests and the assignments' masters are left to ``pytest``."""
+    nbval = config.getoption("--nbval", default=False)
+    if nbval and collection_path == ROOT / "notebooks" / "assignments":
+        return True  # masters store no outputs to compare with; tests/course runs them
     bare = config.args_source is not pytest.Config.ArgsSource.ARGS
-    if bare and config.getoption("--nbval", default=False) and collection_path.is_relative_to(ROOT / "tests"):
+    if bare and nbval and collection_path.is_relative_to(ROOT / "tests"):
         return True
     return None

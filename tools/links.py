@@ -71,7 +71,15 @@ def readme_block(repository: str | None, paths: list[Path]) -> str:
     return f"{BEGIN}\nIn the browser: " + " ·\n".join(links) + f"\n{END}"
 
 
+MASTER = (
+    "*A master: it holds the solutions and the hidden tests. `make course` makes the version to hand out, "
+    "in `build/course/student/`.*"
+)
+
+
 def notebook_links(repository: str | None, path: Path) -> str:
+    if path.parent.name == "assignments":
+        return MASTER
     if repository is None:
         return "*Run it with `make lab`, all chapters with `make walkthrough`; `make help` lists the rest.*"
     name = f"notebooks/{path.name}"
@@ -81,9 +89,14 @@ def notebook_links(repository: str | None, path: Path) -> str:
     )
 
 
-def setup_source(repository: str | None) -> str:
-    """The first code cell: at most five lines; on Colab it installs what is missing, elsewhere it does nothing."""
-    if repository:
+def setup_source(repository: str | None, wheel: str | None = None) -> str:
+    """The first code cell: at most five lines; on Colab it installs what is missing, elsewhere it does nothing.
+
+    ``wheel``: the address of one, to be installed instead of the repository.
+    """
+    if wheel:
+        package = f'"{wheel}"'
+    elif repository:
         package = f'"selectivevit @ git+https://github.com/{repository}"'
     else:  # the wheel, uploaded beside the notebook
         package = 'next(iter(__import__("glob").glob("selectivevit-*.whl")), "./selectivevit.whl")'
@@ -103,11 +116,16 @@ def setup_source(repository: str | None) -> str:
 
 def stamp_notebook(notebook: object, path: Path, repository: str | None) -> bool:
     """Put the two cells at the head of the notebook, replacing those that are there. True when something changed."""
+    return stamp_cells(notebook, notebook_links(repository, path), setup_source(repository))
+
+
+def stamp_cells(notebook: object, text: str, setup_code: str) -> bool:
+    """`stamp_notebook` with the sources of the two cells."""
     cells = notebook.cells  # type: ignore[attr-defined]
     before = [(cell.get("id"), cell.cell_type, cell.source) for cell in cells]
     links = _take(cells, nbtools.LINKS_ID) or new_markdown_cell(id=nbtools.LINKS_ID)
     setup = _take(cells, nbtools.SETUP_ID) or new_code_cell(id=nbtools.SETUP_ID)
-    links.source, setup.source = notebook_links(repository, path), setup_source(repository)
+    links.source, setup.source = text, setup_code
     cells.insert(0, links)
     first_code = next((index for index, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
     cells.insert(first_code, setup)
@@ -147,10 +165,10 @@ def main(argv: list[str] | None = None) -> int:
         different.append("README.md")
         if not options.check:
             README.write_text(new, encoding="utf-8")
-    for path in paths:
+    for path in [*paths, *sorted((nbtools.NOTEBOOKS / "assignments").glob("*.ipynb"))]:
         notebook = nbtools.read(path)
         if stamp_notebook(notebook, path, repository):
-            different.append(f"notebooks/{path.name}")
+            different.append(path.relative_to(nbtools.ROOT).as_posix())
             if not options.check:
                 nbtools.write(notebook, path)
     if options.check and different:

@@ -156,6 +156,9 @@ def to_html(notebook: Any, name: str) -> None:
     page = nbformat_copy(notebook)
     page.metadata.pop("widgets", None)
     page.cells = [cell for cell in page.cells if cell.get("id") != nbtools.LINKS_ID]  # links to services elsewhere
+    for cell in page.cells:
+        if cell.cell_type == "markdown":  # the page lies in build/walkthrough/
+            cell.source = cell.source.replace("](assignments/", "](../../notebooks/assignments/")
     for cell in nbtools.code_cells(page):
         for output in cell.outputs:
             if nbtools.WIDGET in output.get("data", {}):

@@ -1,0 +1,180 @@
+"""What is handed out holds no answer, and nbgrader's own autograder gives the marks that ours gives."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nbtools
+from coursework import build
+from coursework import masters as m
+
+STEMS = [path.stem for path in m.masters()]
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build.build(tmp_path_factory.mktemp("course"), repository="me/my-course")
+
+
+def student_version(course: Path, stem: str) -> Path:
+    return course / "student" / "notebooks" / "assignments" / f"{stem}.ipynb"
+
+
+def private_lines(stem: str) -> set[str]:
+    """Lines between the markers of the master, by another way than `build.leaks` goes."""
+    found, inside = set(), False
+    for cell in nbtools.read(m.master(stem)).cells:
+        for line in cell.source.splitlines():
+            if re.search(r"### BEGIN (SOLUTION|HIDDEN TESTS)", line):
+                inside = True
+            elif re.search(r"### END (SOLUTION|HIDDEN TESTS)", line):
+                inside = False
+            elif inside:
+                found.add(line.strip())
+        assert not inside, "a region without an end"
+        if m.part(cell) == "written":
+            found |= {line.strip() for line in cell.source.splitlines()}
+    return {line for line in found if len(line) > 20}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_students_version_holds_no_answer(course: Path, stem: str) -> None:
+    path = student_version(course, stem)
+    # As text, so that outputs and metadata are looked through as well as sources; JSON's escapes undone.
+    raw = json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False)
+    lines = private_lines(stem)
+    assert len(lines) > 20
+    assert not [line for line in lines if json.dumps(line, ensure_ascii=False)[1:-1] in raw]
+    notebook = nbtools.read(path)
+    assert not [cell for cell in nbtools.code_cells(notebook) if cell.outputs or cell.execution_count]
+    stubs = [cell for cell in notebook.cells if m.part(cell) == "answer"]
+    assert len(stubs) >= 3 and all("YOUR CODE HERE" in cell.source for cell in stubs)
+    assert sum("YOUR ANSWER HERE" in cell.source for cell in notebook.cells) >= 1
+
+
+@pytest.mark.parametrize("place", ["source", "output", "metadata", "written"])
+def test_a_leak_is_noticed(course: Path, place: str) -> None:
+    original = nbtools.read(m.master("a"))
+    notebook: Any = copy.deepcopy(nbtools.read(student_version(course, STEMS[0])))
+    assert not list(build.leaks(notebook, original))
+    line = "return exp / exp.sum(axis=-1, keepdims=True)"
+    if place == "source":
+        notebook.cells[-1].source += f"\n{line}"
+    elif place == "output":
+        cell = nbtools.code_cells(notebook)[-1]
+        cell.outputs = [{"output_type": "stream", "name": "stdout", "text": '{"seed": 11, "shape": [2, 3, 4, 5]}'}]
+    elif place == "metadata":
+        notebook.metadata["note"] = line
+    else:
+        notebook.cells[0].source += "The ratio grows from 2 to $0.3/0.05 = 6$: the cut also"
+    assert list(build.leaks(notebook, original))
+
+
+def test_what_is_handed_out_is_complete(course: Path) -> None:
+    student = course / "student"
+    names = {path.relative_to(student).as_posix() for path in student.rglob("*") if path.is_file()}
+    wheel = next(name for name in names if name.endswith(".whl"))
+    assert {"README.md", "environment.yml", "postBuild", "notebooks/assignments/glossary.md"} <= names
+    assert wheel in (student / "postBuild").read_text() and wheel in (student / "README.md").read_text()
+    assert "-e ." not in (student / "environment.yml").read_text()
+    # Links between the notebooks, to the glossary and to pictures all lead somewhere.
+    for path in (student / "notebooks").rglob("*.ipynb"):
+        for cell in nbtools.read(path).cells:
+            if cell.cell_type == "markdown":
+                for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", cell.source):
+                    if link.endswith((".ipynb", ".md", ".png")):
+                        assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_it_opens_in_colab_and_binder(course: Path, stem: str) -> None:
+    notebook = nbtools.read(student_version(course, stem))
+    assert (
+        f"colab.research.google.com/github/me/my-course/blob/main/notebooks/assignments/{stem}.ipynb"
+        in notebook.cells[0].source
+    )
+    setup = nbtools.code_cells(notebook)[0].source
+    assert "https://github.com/me/my-course/raw/main/selectivevit-" in setup
+    # Nothing of nbgrader's is imported anywhere: students do not have it.
+    assert not [cell for cell in nbtools.code_cells(notebook) if "nbgrader" in cell.source]
+
+
+# ------------------------------------------------------------------------------------------------ the masters
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_master_says_what_it_asks_for(stem: str) -> None:
+    """20 marks; a visible and a hidden test for each coded question; one plot; written answers with a rubric."""
+    from coursework.feedback import rubric
+    from svit_utils.course import questions
+
+    cells = m.read_cells(m.master(stem))
+    assert sum(cell.points for cell in cells) == 20
+    asked = [q.name for q in questions(stem[0])]
+    assert [cell.id for cell in cells if cell.part == "answer"] == asked
+    assert [cell.question for cell in cells if cell.part == "visible"] == asked
+    assert [cell.question for cell in cells if cell.part == "hidden"] == asked
+    by_hand = [cell for cell in cells if cell.part in ("plot", "written")]
+    assert sum(cell.part == "plot" for cell in by_hand) == 1
+    assert sum(cell.part == "written" for cell in by_hand) >= 1
+    for cell in by_hand:
+        assert rubric()[cell.id], f"rubric.md has no section {cell.id}"
+    title = next(cell.source for cell in nbtools.read(m.master(stem)).cells if cell.source.startswith("# Assignment"))
+    for word in ("**Difficulty**", "**Importance**", "**Time**", "**Read first**"):
+        assert word in title
+    for cell in cells:
+        if cell.points:
+            assert f"| {cell.question} |" in title
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_hint_ladder_has_steps_and_gives_no_solution_away(stem: str) -> None:
+    from svit_utils.course import questions
+
+    for question in questions(stem[0]):
+        assert len(question.hints) >= 3 and question.section.startswith(("chapter", "Chapter"))
+        assert all(case.get("what") for case in question.cases)
+
+
+# ------------------------------------------------------------------------------------------------ nbgrader, end to end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", STEMS)
+def test_nbgrader_gives_the_same_marks(course: Path, stem: str) -> None:
+    """A solution and an untouched notebook through `nbgrader autograde`: every mark by tests, and none."""
+    grading = course / "grading"
+    solved = nbtools.read(m.master(stem))
+    for cell in solved.cells:
+        cell.source = m.without(cell.source, m.BEGIN_HIDDEN, m.END_HIDDEN)
+    untouched = nbtools.read(student_version(course, stem))
+    for student, notebook in (("solver", solved), ("stub", untouched)):
+        path = grading / "submitted" / student / stem / f"{stem}.ipynb"
+        path.parent.mkdir(parents=True)
+        # A training run that only makes the notebook interesting is not part of what is tested here.
+        notebook.cells = [c for c in notebook.cells if m.NOT_AT_GRADING not in c.metadata.get("tags", ())]
+        nbtools.write(notebook, path)
+    build.nbgrader(grading, "autograde", stem, "--create")
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{grading / 'gradebook.db'}") as book:
+        got = {
+            student: {
+                g.name: g.auto_score
+                for g in book.find_submission_notebook(stem, stem, student).grades
+                if g.cell.cell_type == "code"
+            }
+            for student in ("solver", "stub")
+        }
+    tests = {cell.id: cell.points for cell in m.read_cells(m.master(stem)) if cell.part in ("visible", "hidden")}
+    assert {name: got["solver"][name] for name in tests} == tests
+    assert {name: got["stub"][name] for name in tests} == dict.fromkeys(tests, 0)
+    if stem == STEMS[0]:
+        build.nbgrader(grading, "generate_feedback", stem)
+        assert list((grading / "feedback" / "solver" / stem).glob("*.html"))

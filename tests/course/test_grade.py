@@ -1,0 +1,304 @@
+"""Grading, seen from outside: whatever a submission does ends as marks and messages, and the others' marks stand."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell
+
+import nbtools
+from coursework import grade, limits, wire
+from coursework import masters as m
+
+MASTER = m.master("a")
+Change = Callable[[Any], None]
+
+
+def submission(folder: Path, student: str, change: Change | None = None, name: str = MASTER.name) -> Path:
+    """The solution of assignment a as a student would hand it in, changed."""
+    notebook = nbtools.read(MASTER)
+    for cell in notebook.cells:
+        cell.source = m.without(cell.source, m.BEGIN_HIDDEN, m.END_HIDDEN)
+    if change:
+        change(notebook)
+    path = folder / student / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbtools.write(notebook, path)
+    return path
+
+
+def answers(question: str, source: str) -> Change:
+    def change(notebook: Any) -> None:
+        (cell,) = [cell for cell in notebook.cells if cell.get("id") == question]
+        cell.source = source
+
+    return change
+
+
+def deletes(*ids: str) -> Change:
+    def change(notebook: Any) -> None:
+        notebook.cells = [cell for cell in notebook.cells if cell.get("id") not in ids]
+
+    return change
+
+
+def tampers(notebook: Any) -> None:
+    """Its own given cell, tests that assert nothing, marks of its own, and a magic."""
+    for cell in notebook.cells:
+        if cell.get("id") == "given-imports":
+            cell.source = "import numpy as np\nimport torch\ncheck = hint = lambda *a, **k: None"
+        if cell.get("id", "").endswith(("-visible", "-hidden")):
+            cell.source = "pass"
+            cell.metadata["nbgrader"]["points"] = 100
+    answers("a3", "def attention(q, k, v, tau):\n    return v")(notebook)
+    notebook.cells.append(new_code_cell("%time 1 + 1\n!echo hello"))
+
+
+def helped(notebook: Any) -> None:
+    """A helper in a cell of one's own, and a scratch cell that fails."""
+    place = next(i for i, cell in enumerate(notebook.cells) if cell.get("id") == "a1")
+    notebook.cells.insert(place, new_code_cell("def exponentials(s):\n    return np.exp(s - s.max(-1, keepdims=True))"))
+    notebook.cells.append(new_code_cell("1 / 0"))
+    answers("a1", "def softmax(s):\n    e = exponentials(s)\n    return e / e.sum(-1, keepdims=True)")(notebook)
+
+
+def copied(notebook: Any) -> None:
+    answers("a4", "def attention_torch(q, k, v, tau):\n    from svit_utils import thresholded_attention\n"
+                  "    return thresholded_attention(q, k, v, tau, return_weights=True)")(notebook)  # fmt: skip
+
+
+def in_a2(body: str, before: str = "") -> Change:
+    return answers("a2", f"{before}\ndef cut(p, tau):\n    {body}\n")
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(submissions, grades): eleven students, one of whom did nothing strange."""
+    folder, out = tmp_path_factory.mktemp("submissions"), tmp_path_factory.mktemp("grades")
+    submission(folder, "ada")
+    submission(folder, "ben", in_a2("while True: pass"))
+    submission(folder, "cai", in_a2("hoard = []\n    while True: hoard.append(np.ones(10**7))"))
+    submission(folder, "dee", deletes("a3", "a6", "given-imports"))
+    submission(folder, "eli", answers("a2", "def cut_it(p, tau):\n    return p"))
+    submission(folder, "fay", in_a2(f"return eval(open({str(MASTER)!r}).read())"))
+    submission(folder, "gus", in_a2(f"open({str(folder / 'ada' / 'note.txt')!r}, 'w').write('hello'); return p"))
+    submission(folder, "hal", in_a2("os._exit(0)", "import os"))
+    submission(folder, "ivy", tampers)
+    submission(folder, "jan", helped)
+    submission(folder, "kim", copied)
+    submission(folder, "lou", answers("a4", "import torch\nwhile True: pass"))
+    (folder / "max").mkdir()
+    (folder / "max" / MASTER.name).write_text("{ not a notebook")
+    done = grade.main([str(folder), "--out", str(out), "--jobs", "1", "--seconds", "8", "--memory", "1.5"])
+    assert done == 0
+    return folder, out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def marks(graded: tuple[Path, Path], student: str) -> dict[str, tuple[float, str, str]]:
+    """Question and test -> (marks, status, message)."""
+    found = {}
+    for row in rows(graded[1] / "marks.csv"):
+        if row["student"] == student:
+            found[f"{row['question']} {row['test']}"] = (float(row["marks"] or "nan"), row["status"], row["message"])
+    return found
+
+
+def test_a_solution_gets_every_mark_by_tests(graded: tuple[Path, Path]) -> None:
+    (total,) = [row for row in rows(graded[1] / "totals.csv") if row["student"] == "ada"]
+    assert (total["by_tests"], total["by_hand"], total["out_of"]) == ("13", "0", "20")
+    assert total["note"] == "to mark by hand: a5, a6"
+
+
+@pytest.mark.parametrize(
+    ("student", "test", "status", "message"),
+    [
+        ("ben", "a2 visible", "time", "endless loop"),
+        ("cai", "a2 visible", "memory", "1.5 GiB"),
+        ("dee", "a3 visible", "missing", "the cell a3 is not there: was it deleted"),
+        ("dee", "a6 by hand", "missing", "was it deleted"),
+        ("eli", "a2 visible", "missing", "no cut: was it renamed? The cell defines cut_it"),
+        ("fay", "a2 visible", "refused", "read the masters, the tests or other submissions"),
+        ("gus", "a2 visible", "refused", "outside its folder"),
+        ("hal", "a2 visible", "crash", "ended itself"),
+        ("ivy", "a3 visible", "wrong", "the output"),
+        ("kim", "a4 visible", "refused", "to be written, not imported"),
+        ("lou", "a4 visible", "time", "endless loop"),
+        ("max", "a1 visible", "missing", "no code"),
+    ],
+)
+def test_what_goes_wrong_ends_as_a_mark_and_a_message(
+    graded: tuple[Path, Path], student: str, test: str, status: str, message: str
+) -> None:
+    mark = marks(graded, student)[test]
+    assert mark[:2] == (0.0, status)
+    assert message in mark[2]
+
+
+@pytest.mark.parametrize(
+    ("student", "lost"),
+    [
+        # a3 calls cut, so it goes down with it; a4 does not.
+        ("ben", {"a2", "a3"}),
+        ("cai", {"a2", "a3"}),
+        ("dee", {"a3", "a6"}),
+        ("eli", {"a2", "a3"}),
+        ("fay", {"a2", "a3"}),
+        ("gus", {"a2", "a3"}),
+        ("hal", {"a2", "a3"}),
+        ("ivy", {"a3"}),
+        ("jan", set()),
+        ("kim", {"a4"}),
+        ("lou", {"a4"}),
+    ],
+)
+def test_the_other_marks_stand(graded: tuple[Path, Path], student: str, lost: set[str]) -> None:
+    assert {test.split()[0] for test, mark in marks(graded, student).items() if mark[0] == 0} == lost
+
+
+def test_nothing_was_written_beside_the_submissions(graded: tuple[Path, Path]) -> None:
+    assert sorted(path.name for path in graded[0].rglob("*") if path.is_file()) == [MASTER.name] * 13
+
+
+def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = graded
+    only = folder.parent / "only-ada"
+    submission(only, "ada")
+    table = rows(out / "by_hand.csv")
+    for row in table:
+        if row["student"] == "ada" and row["question"] == "a6":
+            row["marks"], row["comment"] = "3.5", "=HYPERLINK(1)"
+    grade._write(out / "by_hand.csv", grade.BY_HAND, table)
+    assert grade.main([str(only), "--out", str(out)]) == 0
+    (total,) = rows(out / "totals.csv")
+    assert (total["by_tests"], total["by_hand"], total["total"]) == ("13", "3.5", "16.5")
+    assert marks(graded, "ada")["a6 by hand"] == (3.5, "marked", "'=HYPERLINK(1)")
+    # Those of students who are not graded this time stay, too.
+    assert len(rows(out / "by_hand.csv")) == len(table)
+    page = (out / "feedback" / "ada" / f"{MASTER.stem}.html").read_text(encoding="utf-8")
+    assert "16.5 of 20 marks" in page
+    assert "data:image/png;base64," in page
+
+    table[0]["marks"] = "99"
+    grade._write(out / "by_hand.csv", grade.BY_HAND, table)
+    assert grade.main([str(only), "--out", str(out)]) == 2
+    assert "marks are a number from 0 to" in capsys.readouterr().err
+
+
+def test_feedback_shows_the_message_and_no_solution(graded: tuple[Path, Path]) -> None:
+    page = (graded[1] / "feedback" / "eli" / f"{MASTER.stem}.html").read_text(encoding="utf-8")
+    assert "was it renamed?" in page and "chapter 1, sections 2 and 5" in page
+    assert "np.where(z &gt; 0, z, 1)" not in page and "seed" not in page
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+
+
+def test_bad_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert grade.main([str(tmp_path / "nowhere")]) == 2
+    assert "no folder" in capsys.readouterr().err
+    (tmp_path / "ada").mkdir()
+    (tmp_path / "ada" / "diary.ipynb").write_text("{}")
+    assert grade.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "nothing to grade" in said and "diary.ipynb: not the name of an assignment" in said
+
+
+def test_flat_folders_and_two_versions(tmp_path: Path) -> None:
+    submission(tmp_path, ".", name=f"ada_{MASTER.name}")
+    submission(tmp_path, "ben", name=f"old/{MASTER.name}")
+    newer = submission(tmp_path, "ben")
+    os.utime(newer, (2e9, 2e9))
+    found, strange = grade.submissions(tmp_path)
+    assert [(s.student, s.path.name) for s in found] == [("ada", f"ada_{MASTER.name}"), ("ben", MASTER.name)]
+    assert found[1].path == newer and "2 notebooks" in strange[0]
+
+
+def test_given_cells_come_from_the_master() -> None:
+    original = m.read_cells(MASTER)
+    mine = [grade.replace(cell, source="tampered") for cell in original if cell.id != "given-imports"]
+    cells = grade.plan(mine, original)
+    assert cells[0] == next(cell for cell in original if cell.id == "given-imports")
+    assert {cell.part for cell in cells} <= {"given", "answer", "plot", "own"}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from svit_utils import thresholded_softmax", True),
+        ("import svit_utils.attention as a", True),
+        ("import importlib\nimportlib.import_module('svit_utils.attention')", True),
+        ("%time x = 1\nsvit_utils.thresholded_softmax(x)", True),
+        ("# like svit_utils does\ntext = 'svit_utils does the same'", False),
+        ("def broken(:", False),
+    ],
+)
+def test_borrowed_answers_are_noticed(source: str, expected: bool) -> None:
+    assert grade.borrows(source) is expected
+
+
+def test_the_wire_carries_arrays_and_no_objects() -> None:
+    sent = {"a": np.arange(6.0).reshape(2, 3), "b": np.array([True]), "c": np.array(["x"]), "d": object(), "e": np.nan}
+    got = wire.decode(wire.encode(sent))
+    np.testing.assert_array_equal(got["a"], sent["a"])
+    assert got["a"].dtype == np.float64 and got["b"].dtype == bool
+    assert got["c"] == "<array of <U1>" and got["d"] == "<object>" and np.isnan(got["e"])
+    with pytest.raises(ValueError):
+        wire.decode('{"__array__": ["|O", [1], ""]}')
+
+
+def test_hidden_tests_are_read_and_not_run() -> None:
+    cell = m.Cell("a1-hidden", "hidden", f"{m.BEGIN_HIDDEN}\ncheck('a1', f, cases=[{{'seed': 1}}])\n{m.END_HIDDEN}")
+    assert m.hidden_cases(cell) == [{"seed": 1}]
+    for bad in ("check('a1', f)", "check('a1', f, cases=[__import__('os').getcwd()])"):
+        with pytest.raises(ValueError):
+            m.hidden_cases(m.Cell("a1-hidden", "hidden", bad))
+
+
+def test_a_notebook_without_metadata_is_still_graded() -> None:
+    """Some editors drop nbgrader's metadata: the cells are then the student's own, and the given ones come first."""
+    notebook = nbtools.read(MASTER)
+    for cell in notebook.cells:
+        cell.metadata.pop("nbgrader", None)
+        cell.pop("id")
+    notebook.cells.append(new_markdown_cell("Thanks."))
+    cells = grade.plan(m.cells(notebook), m.read_cells(MASTER))
+    assert cells[0].part == "given" and sum("def cut" in cell.source for cell in cells) == 1
+
+
+def test_the_fence_holds_where_the_system_has_one(tmp_path: Path) -> None:
+    """Not through Python's own functions, which the audit hook sees: the system itself refuses."""
+    if not limits.landlock_version():
+        pytest.skip("no Landlock here: an audit hook is the only fence, as the guide says")
+    program = (
+        "import os, sys; from coursework import limits\n"
+        f"assert limits.fence(read=[sys.prefix, sys.base_prefix, '/usr', '/lib'], write=[{str(tmp_path / 'mine')!r}])\n"
+        f"open({str(tmp_path / 'mine' / 'x')!r}, 'w').write('1')\n"
+        f"for path, mode in (({str(tmp_path / 'y')!r}, 'w'), ({str(MASTER)!r}, 'r')):\n"
+        "    try: open(path, mode)\n"
+        "    except PermissionError: print('refused')\n"
+    )
+    (tmp_path / "mine").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(nbtools.ROOT / "tools")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "refused\nrefused\n"), done.stderr
+
+
+def test_no_network_where_the_system_can_take_it_away() -> None:
+    if not limits.namespaces():
+        pytest.skip("users may not make namespaces here: an audit hook refuses, as the guide says")
+    program = "import socket\nprint([name for _, name in socket.if_nameindex()])"
+    command = [*limits.namespaces(), sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "['lo']"
