@@ -76,11 +76,11 @@ class _Fence:
         where = _path(path)
         if where is None:
             return
-        if any(self._inside(where, secret) for secret in self.secret):
-            self._refuse("it tried to read the masters, the tests or other submissions")
         writes = bool(isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
         if writes and where != os.devnull and not self._inside(where, self.folder):
             self._refuse(f"it tried to write {Path(where).name}, outside its folder")
+        if any(self._inside(where, secret) for secret in self.secret):
+            self._refuse("it tried to read the masters, the tests or other submissions")
 
     @staticmethod
     def _inside(path: str, folder: str) -> bool:

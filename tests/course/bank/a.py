@@ -42,7 +42,7 @@ def softmax(scores):
         "axis 1 instead of the last",
         "a1",
         "hidden",
-        "runs over axis 1|another shape",
+        "runs over axis 1|of this shape",
         """
 def softmax(scores):
     if scores.ndim == 1:
@@ -124,7 +124,7 @@ def attention(q, k, v, tau):
         "only two axes",
         "a3",
         "hidden",
-        "another shape",
+        "of this shape",
         """
 def attention(q, k, v, tau):
     return cut(softmax(q @ k.T / np.sqrt(q.shape[-1])), tau) @ v

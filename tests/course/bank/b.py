@@ -319,7 +319,7 @@ def grad_tau(p, v, tau, d_out):
         "tau along the keys",
         "b3",
         "visible",
-        "another shape",
+        "of this shape",
         """
 right_b3 = grad_tau
 def grad_tau(p, v, tau, d_out):
@@ -352,7 +352,7 @@ def grad_tau(p, v, tau, d_out):
         "dtau for each row",
         "b4",
         "visible",
-        "of another shape than its input",
+        "of of this shape than its input",
         spoiled("-g.sum((0, 2, 3))", "-g.sum(-1)"),
     ),
     Planted(

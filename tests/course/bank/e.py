@@ -169,7 +169,7 @@ def token_grad_cam(features, gradient, grid, prefix):
         "hard-coded 14 x 14",
         "e2",
         "visible",
-        "another shape .*written into the code",
+        "of this shape .*written into the code",
         """
 def token_grad_cam(features, gradient, grid, prefix):
     alpha = gradient[:, prefix:].mean(dim=1, keepdim=True)
@@ -335,7 +335,7 @@ def energy_in_mask(maps, masks):
         "scores of maps as large as the mask only",
         "e3",
         "visible",
-        "another shape",
+        "of this shape",
         """
 def pointing_game(maps, masks):
     top = maps == maps.amax(dim=(1, 2), keepdim=True)
