@@ -133,13 +133,61 @@ def test_a_master_says_what_it_asks_for(stem: str) -> None:
             assert f"| {cell.question} |" in title
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_every_hint_ladder_has_steps_and_gives_no_solution_away(stem: str) -> None:
+def headings(chapter: str) -> tuple[set[str], set[str]]:
+    """(numbers, titles) of a chapter's sections; "4.2" counts as "4.2"."""
+    numbers, titles = set(), set()
+    for cell in nbtools.read(nbtools.chapters([chapter.zfill(2)])[0]).cells:
+        if cell.cell_type == "markdown":
+            for line in re.findall(r"^##+ (.+)$", cell.source, re.MULTILINE):
+                number = re.match(r"(\d+(?:\.\d+)?)\.? ", line)
+                numbers |= {number.group(1)} if number else set()
+                titles.add(line[number.end() :] if number else line)
+    return numbers, titles
+
+
+def test_what_an_assignment_refers_to_exists() -> None:
+    """Every chapter and section named by a question, by its number or by its title."""
     from svit_utils.course import questions
 
+    checked = 0
+    for question in (q for stem in STEMS for q in questions(stem[0])):
+        for chapter, named in re.findall(r"chapter (\d)((?:(?!chapter \d).)*)", question.section):
+            numbers, titles = headings(chapter)
+            for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", named):
+                assert number in numbers, f"{question.name}: chapter {chapter} has no section {number}"
+                checked += 1
+            for title in re.findall(r'"([^"]+)"', named):
+                assert title in titles, f"{question.name}: chapter {chapter} has no section {title!r}"
+                checked += 1
+    assert checked > 25
+
+
+def test_the_first_five_chapters_link_to_their_assignments() -> None:
+    linked = {}
+    for path in nbtools.chapters()[:5]:
+        text = "\n".join(cell.source for cell in nbtools.read(path).cells if cell.cell_type == "markdown")
+        linked[path.stem[1]] = set(re.findall(r"\]\(assignments/([a-f])_\w+\.ipynb\)", text))
+        assert "](assignments/glossary.md)" in text
+    assert linked == {"1": {"a", "b"}, "2": {"a", "b", "c", "f"}, "3": {"d"}, "4": {"d", "f"}, "5": {"e"}}
+    # And back: what is to be read first is linked.
+    for path in m.masters():
+        text = "\n".join(cell.source for cell in nbtools.read(path).cells)
+        assert set(re.findall(r"\]\(\.\./0(\d)_", text)) >= {
+            n for n, found in linked.items() if path.stem[0] in found
+        } - {"2"}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_question_has_a_ladder_of_hints(stem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from svit_utils.course import hint, questions
+
     for question in questions(stem[0]):
-        assert len(question.hints) >= 3 and question.section.startswith(("chapter", "Chapter"))
+        hint(question.name, 3)
+        said = capsys.readouterr().out
+        assert said.startswith("Hint 1 of ") and question.section in said
         assert all(case.get("what") for case in question.cases)
+        with pytest.raises(ValueError, match="has hints 1 to"):
+            hint(question.name, 9)
 
 
 # ------------------------------------------------------------------------------------------------ nbgrader, end to end

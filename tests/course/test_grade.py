@@ -302,3 +302,7 @@ def test_no_network_where_the_system_can_take_it_away() -> None:
     program = "import socket\nprint([name for _, name in socket.if_nameindex()])"
     command = [*limits.namespaces(), sys.executable, "-c", program]
     assert subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "['lo']"
+
+
+def test_only_the_open_project_may_use_the_library() -> None:
+    assert [path.stem[0] for path in m.masters() if m.library_allowed(path)] == ["f"]

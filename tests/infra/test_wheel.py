@@ -84,3 +84,25 @@ def test_a_chapter_alone_runs_to_its_end(site: Path, tmp_path: Path, chapter: Pa
     (tmp_path / chapter.name).write_bytes(chapter.read_bytes())
     done = run_away(site, tmp_path, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", chapter.name)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_the_assignments_run_beside_the_wheel(site: Path, tmp_path: Path) -> None:
+    """As a student has them: given cells, answers and visible checks, in a folder of their own, without nbgrader."""
+    program = (
+        "import os, sys; sys.modules['nbgrader'] = None; os.environ['MPLBACKEND'] = 'Agg'\n"
+        "import svit_utils, nbformat\n"
+        f"assert svit_utils.__file__.startswith({str(site)!r})\n"
+        "for path in sys.argv[1:]:\n"
+        "    scope = {'__name__': '__main__'}\n"
+        "    for cell in nbformat.read(path, as_version=4).cells:\n"
+        "        about = cell.metadata.get('nbgrader', {})\n"
+        "        left_out = about.get('grade') and about.get('solution')\n"
+        "        left_out = left_out or 'not-at-grading' in cell.metadata.get('tags', [])\n"
+        "        if cell.cell_type == 'code' and not left_out:\n"
+        "            exec(compile(cell.source, cell.id, 'exec'), scope)\n"
+    )
+    masters = sorted((ROOT / "notebooks" / "assignments").glob("*.ipynb"))
+    done = run_away(site, tmp_path, "-c", program, *map(str, masters))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("cases hold") >= 2 * 3 * len(masters)

@@ -46,7 +46,8 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
 section { border-top: 1px solid var(--line); padding: .5rem 0 1rem; }
 h2 { font-size: 1.15rem; margin-bottom: .25rem; }
-table { border-collapse: collapse; width: 100%; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+th:first-child, th:nth-child(2) { width: 6rem; }
 td, th { text-align: left; padding: .25rem .6rem .25rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
 td.marks { white-space: nowrap; }
 pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; border-radius: 6px; }

@@ -85,6 +85,11 @@ def cells(notebook: Any) -> list[Cell]:
     return found
 
 
+def library_allowed(path: Path) -> bool:
+    """Whether answers may import from `svit_utils` what they were not handed: an open project's master says so."""
+    return bool(nbtools.read(path).metadata.get("svit", {}).get("library") == "allowed")
+
+
 def read_cells(path: Path) -> list[Cell]:
     return cells(nbtools.read(path))
 

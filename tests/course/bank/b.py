@@ -352,7 +352,7 @@ def grad_tau(p, v, tau, d_out):
         "dtau for each row",
         "b4",
         "visible",
-        "of of this shape than its input",
+        "of another shape than its input",
         spoiled("-g.sum((0, 2, 3))", "-g.sum(-1)"),
     ),
     Planted(
