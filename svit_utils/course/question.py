@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,12 +75,14 @@ def question(name: str) -> Question:
     Raises:
         ValueError: there is none.
     """
-    here = questions(name[:1]) if name[:1] in ASSIGNMENTS else ()
+    here = questions(name[:1]) if isinstance(name, str) and name[:1] in ASSIGNMENTS else ()
     for candidate in here:
         if candidate.name == name:
             return candidate
     known = ", ".join(q.name for q in here) or "a1, a2, …"
-    raise ValueError(f"there is no question {name!r} to check; there are {known}")
+    raise ValueError(
+        f"there is no question {name!r} with checks and hints; there are {known} (others are marked by hand)"
+    )
 
 
 def ask(asked: Question, answers: Sequence[Any], case: Case) -> Seen:
@@ -132,7 +135,8 @@ def check(name: str, *answers: Any, cases: Sequence[Case] | None = None) -> None
         except Wrong as wrong:
             raise Wrong(f"{name}, {case['what']}: {wrong}") from wrong.__cause__
         decide(asked, case, seen)
-    print(f"{name}: {len(chosen)} of {len(chosen)} cases hold.")
+    more = " When it is graded, hidden cases are added: other numbers, shapes and corners." if cases is None else ""
+    print(f"{name}: {len(chosen)} of {len(chosen)} cases hold.{more}")
 
 
 def hint(name: str, step: int = 1) -> None:
@@ -162,20 +166,25 @@ def in_words(error: BaseException, answers: Sequence[str]) -> str:
     text = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
     if isinstance(error, NotImplementedError):
-        return f"{' and '.join(answers)} is not written yet"
+        stubs = [name for name in _frames(error) if name in answers]
+        return f"{(stubs or [' or '.join(answers)])[-1]} is not written yet"
     if "in-place operation" in said or "modified by an inplace" in said or "read-only" in said:
         return f"it changes a tensor in place that it must leave alone ({said}). Work on a new one"
     if "does not require grad" in said or "element 0 of tensors" in said:
         return f"no gradient comes through ({said}). Is there a detach(), a .data, a no_grad or NumPy on the way?"
-    if "positional argument" in said or "unexpected keyword" in said:
+    called = re.match(r"(?:\w+\.)*(\w+)\(\) (?:missing|takes|got)", str(error))
+    if called and called.group(1) in (*answers, "__init__", "forward"):
         return f"it takes other arguments than the question gives ({said})"
     if "Can't call numpy() on Tensor that requires grad" in said:
         return f"the answer goes through NumPy, where there are no gradients ({said}). Stay in torch"
     if _SHAPES.search(said):
-        return (
-            f"it fails on inputs of this shape ({said}). Is a shape, or a number of tokens, written into the code?"
-        )
+        return f"it fails on inputs of this shape ({said}). Is a shape, or a number of tokens, written into the code?"
     return f"it stops with {said}"
+
+
+def _frames(error: BaseException) -> list[str]:
+    """The names of the functions that the exception came through, outermost first."""
+    return [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def plain(value: Any) -> Any:
