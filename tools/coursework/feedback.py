@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from coursework.grade import Graded
 
 RUBRIC = masters.ASSIGNMENTS / "rubric.md"
+_BLANK = re.compile(r"\n(?:[ \t]*\n){3,}")
 STATUS = {
     "ok": "holds",
     "wrong": "not yet",
@@ -28,7 +29,9 @@ STATUS = {
     "time": "too slow",
     "memory": "too much memory",
     "processes": "too many processes",
+    "files": "too many files",
     "crash": "crashed",
+    "not graded": "not graded",
     "refused": "refused",
     "by hand": "to be marked",
     "marked": "marked by hand",
@@ -133,8 +136,11 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
         by_hand = about["marks"][0].test == "by hand"
         source = graded.sources.get(name, "")
         is_code = name in sections or name in graded.pictures
-        about["code"] = highlight(source, PythonLexer(), HtmlFormatter()) if source and is_code else ""
-        about["text"] = "" if is_code else source
+        source = _BLANK.sub("\n\n\n", source)
+        # Highlighting takes more than linear time on text that was made for it.
+        coloured = is_code and len(source) < 20_000
+        about["code"] = highlight(source, PythonLexer(), HtmlFormatter()) if source and coloured else ""
+        about["text"] = "" if coloured else source
         about["pictures"] = [base64.b64encode(data).decode() for data in graded.pictures.get(name, [])]
         about["rubric"] = rubric().get(name, ()) if by_hand else ()
         about["full"] = all(mark.marks == mark.out_of for mark in about["marks"])
@@ -153,5 +159,5 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
         light=HtmlFormatter(style="default").get_style_defs(".highlight"),
         dark=HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import csv
+import os
+import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,14 +27,16 @@ from typing import Any
 import nbtools
 from coursework import limits, masters
 from coursework.masters import Cell
-from coursework.sandbox import Ended, Limits, Sandbox
+from coursework.sandbox import Ended, Limits, Sandbox, close_all
 from svit_utils.course import Question, Wrong, questions
 from svit_utils.course.question import decide
 
 COLUMNS = ("student", "assignment", "question", "test", "marks", "out_of", "status", "message")
 BY_HAND = ("student", "assignment", "question", "marks", "out_of", "comment")
 TOTALS = ("student", "assignment", "by_tests", "by_hand", "total", "out_of", "note")
-ENDS = ("time", "memory", "processes", "crash")  # what ends a process
+MESSAGE = 2000  # characters of a message
+LONGEST = 200_000  # characters of a cell
+ENDS = ("time", "memory", "processes", "files", "crash")  # what ends a process
 LARGEST = 20 * 2**20  # bytes of a notebook
 
 
@@ -43,7 +49,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Mark:
-    """A line of marks.csv. ``status``: ok, wrong, missing, time, memory, processes, crash, refused, or by hand."""
+    """A line of marks.csv. ``status``: ok, wrong, missing, refused, one of `ENDS`, not graded, or by hand."""
 
     question: str
     test: str
@@ -79,7 +85,7 @@ def submissions(folder: Path, only: str | None = None) -> tuple[list[Submission]
     wanted = {masters.master(only).stem} if only else set(stems)
     for path in sorted(folder.rglob("*.ipynb")):
         parts = path.relative_to(folder).parts
-        if path.is_symlink() or any(part.startswith(".") for part in parts):
+        if path.is_symlink() or not path.is_file() or any(part.startswith(".") for part in parts):
             continue
         stem = next((stem for stem in stems if path.stem.endswith(stem)), None)
         student = parts[0] if len(parts) > 1 else path.stem[: -len(stem)].rstrip("_- ") if stem else ""
@@ -137,12 +143,13 @@ def plan(mine: Sequence[Cell], original: Sequence[Cell]) -> list[Cell]:
 def borrows(source: str) -> bool:
     """Whether the code names `svit_utils`: the answer is to be written, not imported."""
     try:
-        tree = ast.parse(
-            "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
-        )
-    except SyntaxError:
+        code = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        nodes = list(ast.walk(ast.parse("\n".join(code))))
+    except (SyntaxError, ValueError):
         return False  # it will say so itself
-    for node in ast.walk(tree):
+    except (RecursionError, MemoryError):
+        return "svit_utils" in source
+    for node in nodes:
         names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
         names += [getattr(node, "module", None) or "", getattr(node, "id", "")]
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.count(" "):
@@ -185,6 +192,15 @@ def grade(submission: Submission, bounds: Limits, secret: Sequence[Path] = ()) -
     return graded
 
 
+def not_graded(submission: Submission, sentence: str) -> Graded:
+    """Zero for every test, so that the submission is not missing from the lists."""
+    cells = [cell for cell in masters.read_cells(masters.master(submission.assignment)) if cell.points]
+    tests = [cell for cell in cells if cell.part in ("visible", "hidden")]
+    marks = [Mark(cell.question, cell.part, 0.0, cell.points, "not graded", sentence) for cell in tests]
+    marks += [Mark(c.id, "by hand", None, c.points, "by hand") for c in cells if c.part in ("plot", "written")]
+    return Graded(submission, marks, [sentence])
+
+
 class _Run:
     """The course of one grading: restarts where a step ended the process, and leaves that step out."""
 
@@ -201,9 +217,12 @@ class _Run:
         self.cells, self.failed = list(cells), {}  # type: list[Cell], dict[str, tuple[str, str]]
         self.sandbox = Sandbox(bounds, secret, graded.submission.assignment[0])
         self.until = time.monotonic() + bounds.total
+        for cell in cells:
+            if len(cell.source) > LONGEST:
+                self.note(cell, "refused", f"it has more than {LONGEST:,} characters")
         strict = not masters.library_allowed(masters.master(graded.submission.assignment))
         for cell in cells:
-            if strict and cell.part in ("answer", "own") and borrows(cell.source):
+            if strict and cell.part in ("answer", "own") and cell.id not in self.failed and borrows(cell.source):
                 sentence = "it names svit_utils: the answer is to be written, not imported"
                 self.failed[cell.id] = ("refused" if cell.part == "answer" else "not run", sentence)
 
@@ -287,6 +306,9 @@ class _Run:
 
     def run_cells(self) -> None:
         for cell in self.cells:
+            if time.monotonic() > self.until:
+                self.sandbox.stop()
+                return
             if self.failed.get(cell.id, ("",))[0] not in ("", "wrong"):
                 continue
             message = {"cell": cell.id, "source": cell.source, "pictures": cell.part == "plot"}
@@ -315,12 +337,15 @@ class _Run:
 
 def _pngs(folder: Path, names: Any) -> Iterator[bytes]:
     """The pictures that the sandbox drew. It may have put anything there: only PNG files of sane size are taken."""
-    for name in names if isinstance(names, list) else []:
-        path = folder / Path(str(name)).name
-        if path.is_file() and not path.is_symlink() and path.stat().st_size < 4 * 2**20:
-            data = path.read_bytes()
-            if data.startswith(b"\x89PNG\r\n\x1a\n"):
-                yield data
+    for name in list(names or [])[:3]:
+        with contextlib.suppress(OSError, ValueError):
+            # Neither following a link nor waiting for a pipe, even if one takes the file's place meanwhile.
+            number = os.open(folder / Path(str(name)).name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(number, "rb") as file:
+                about = os.fstat(number)
+                data = file.read(4 * 2**20) if stat.S_ISREG(about.st_mode) else b""
+                if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) == about.st_size:
+                    yield data
 
 
 # ------------------------------------------------------------------------------------------------ the reports
@@ -335,67 +360,89 @@ def marks_by_hand(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
     if not path.is_file():
         return {}
     found = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            place = (row["student"], row["assignment"], row["question"])
-            if text := (row["marks"] or "").strip():
-                try:
-                    inside = 0 <= float(text) <= float(row["out_of"])
-                except ValueError:
-                    inside = False
-                if not inside:
-                    raise ValueError(
-                        f"{path}, line {number}: marks are a number from 0 to {row['out_of']}, not {text!r}"
-                    )
-            found[place] = row
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            reader = csv.DictReader(file)
+            missing, lines = [name for name in BY_HAND if name not in (reader.fieldnames or ())], list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    if missing:
+        raise ValueError(
+            f"{path} has no column {missing[0]}; its columns are {', '.join(BY_HAND)}, with commas between"
+        )
+        row = {name: _honest(line[name] or "") for name in BY_HAND}
+        if text := row["marks"].strip().replace(",", "."):
+            try:
+                inside = 0 <= float(text) <= float(row["out_of"])
+            except ValueError:
+                inside = False
+            if not inside:
+                raise ValueError(f"{path}, line {number}: marks are a number from 0 to {row['out_of']}, not {text!r}")
+            row["marks"] = text
+        found[row["student"], row["assignment"], row["question"]] = row
     return found
 
 
 def write_reports(everything: Sequence[Graded], out: Path) -> Path:
-    """marks.csv, by_hand.csv, totals.csv and the feedback; a file appears whole or not at all."""
+    """marks.csv, by_hand.csv, totals.csv and the feedback; a file appears whole or not at all.
+
+    Lines of submissions that are not graded this time stay.
+    """
     from coursework.feedback import write_feedback
 
     out.mkdir(parents=True, exist_ok=True)
-    entered = marks_by_hand(out / "by_hand.csv")
-    lines, hand, totals = [], dict(entered), []
+    hand = marks_by_hand(out / "by_hand.csv")
+    graded_now = {(_writable(g.submission.student), g.submission.assignment) for g in everything}
+    lines, totals = (
+        [r for r in _rows(out / name) if _who(r) not in graded_now] for name in ("marks.csv", "totals.csv")
+    )
     for graded in everything:
-        who = {"student": graded.submission.student, "assignment": graded.submission.assignment}
+        who = {"student": _writable(graded.submission.student), "assignment": graded.submission.assignment}
         by_tests = by_hand = out_of = 0.0
         open_questions = []
         for index, mark in enumerate(graded.marks):
-            if mark.test == "by hand" and mark.status == "by hand":
-                place = (who["student"], who["assignment"], mark.question)
-                row = hand.setdefault(
-                    place,
-                    {**who, "question": mark.question, "marks": "", "out_of": _number(mark.out_of), "comment": ""},
-                )
-                if text := row["marks"].strip():
-                    mark = replace(mark, marks=float(text), status="marked", message=row.get("comment") or "")
-                    graded.marks[index] = mark
+            if mark.status == "by hand":
+                new = {**who, "question": mark.question, "marks": "", "out_of": _number(mark.out_of), "comment": ""}
+                row = hand.setdefault((who["student"], who["assignment"], mark.question), new)
+                if row["marks"]:
+                    mark = replace(mark, marks=float(row["marks"]), status="marked", message=row["comment"])
                 else:
                     open_questions.append(mark.question)
+            mark = graded.marks[index] = replace(mark, message=_harmless(mark.message))
             out_of += mark.out_of
             if mark.test == "by hand":
                 by_hand += mark.marks or 0
             else:
                 by_tests += mark.marks or 0
-            about = {
-                "question": mark.question,
-                "test": mark.test,
-                "status": mark.status,
-                "message": _harmless(mark.message),
-            }
+            about = {"question": mark.question, "test": mark.test, "status": mark.status, "message": mark.message}
             shown = "" if mark.marks is None else _number(mark.marks)
             lines.append({**who, **about, "marks": shown, "out_of": _number(mark.out_of)})
+        graded.notes = [_harmless(note) for note in graded.notes[:20]]
         notes = [f"to mark by hand: {', '.join(open_questions)}"] if open_questions else []
         counted = {"by_tests": by_tests, "by_hand": by_hand, "total": by_tests + by_hand, "out_of": out_of}
-        note = _harmless("; ".join(notes + graded.notes))
+        note = "; ".join(notes + graded.notes)
         totals.append({**who, **{key: _number(value) for key, value in counted.items()}, "note": note})
-        write_feedback(graded, out / "feedback")
     _write(out / "marks.csv", COLUMNS, lines)
     _write(out / "by_hand.csv", BY_HAND, list(hand.values()))
     _write(out / "totals.csv", TOTALS, totals)
+    for graded in everything:
+        try:
+            write_feedback(graded, out / "feedback")
+        except Exception as error:  # one page that cannot be written must not cost the others theirs
+            print(f"  no feedback for {_writable(graded.submission.student)}: {error}", file=sys.stderr)
     return out
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a report of an earlier run."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        return [{key: _honest(value or "") for key, value in row.items() if key} for row in csv.DictReader(file)]
+
+
+def _who(row: dict[str, str]) -> tuple[str, str]:
+    return row.get("student", ""), row.get("assignment", "")
 
 
 def _number(value: float) -> str:
@@ -403,9 +450,20 @@ def _number(value: float) -> str:
 
 
 def _harmless(text: str) -> str:
-    """A cell that a spreadsheet does not take for a formula."""
-    text = " ".join(text.split())
-    return f"'{text}" if text[:1] in "=+-@" and text else text
+    """A cell of sane length that a spreadsheet does not take for a formula."""
+    text = " ".join(_writable(text).split())
+    text = f"{text[:MESSAGE]} …" if len(text) > MESSAGE else text
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+
+
+def _honest(text: str) -> str:
+    """What `_harmless` was given, as far as names and comments go."""
+    return text[1:] if text[:2] in ("'=", "'+", "'-", "'@") else text
+
+
+def _writable(text: str) -> str:
+    """Half characters, which Python has and files have not, spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -413,7 +471,7 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _harmless(str(value)) for key, value in row.items()} for row in rows)
     temporary.replace(path)
 
 
@@ -452,14 +510,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             graded = grade(submission, bounds, secret)
         except Exception as error:  # the grader's own fault must not cost the others their marks
-            graded = Graded(submission, notes=[f"not graded: {type(error).__name__}: {error}"])
+            graded = not_graded(submission, f"not graded: {type(error).__name__}: {error}")
         marks = sum(mark.marks or 0 for mark in graded.marks if mark.test != "by hand")
         best = sum(mark.out_of for mark in graded.marks if mark.test != "by hand")
-        print(f"  {submission.student}, {submission.assignment}: {marks:g} of {best:g} by tests", flush=True)
+        print(f"  {_writable(submission.student)}, {submission.assignment}: {marks:g} of {best:g} by tests", flush=True)
         return graded
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        everything = list(pool.map(one, found))
+    def stopped(number: int, _frame: object) -> None:
+        close_all()
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, stopped) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            everything = list(pool.map(one, found))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     write_reports(everything, options.out)
     print(f"Marks: {options.out}/marks.csv and totals.csv. By hand: by_hand.csv. Feedback: {options.out}/feedback/")
     return 1 if any("not graded" in note for graded in everything for note in graded.notes) else 0

@@ -1,11 +1,11 @@
 """What the operating system forbids a submission. Each function does what this system can do and says whether it did.
 
-| | Linux | elsewhere |
+| | Linux | macOS |
 | --- | --- | --- |
 | time, of a step and in all | the grader's clock, which kills | the same |
-| resident memory, processes | read twenty times a second, and killed | the same |
-| address space, CPU time, size of files | `setrlimit` | `setrlimit` on macOS |
-| network | an empty network namespace (`unshare`) | refused by an audit hook |
+| resident memory, processes, size of the folder | watched from outside, ended | the same |
+| address space, CPU time, open files, size of a file | `setrlimit` | the same, where it has them |
+| network, shared memory, other processes | namespaces of its own (`unshare`), Landlock | refused by an audit hook |
 | files | Landlock: only its folder may be written, only Python, the library and its data read | an audit hook |
 
 An audit hook sees what goes through Python's own functions and can be got round by native code; it is there for its
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child=KILL"]
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL"]
 
 
 @cache
@@ -38,24 +38,33 @@ def namespaces() -> tuple[str, ...]:
     return tuple(NAMESPACES) if done.returncode == 0 else ()
 
 
+def keep_orphans() -> None:
+    """Descendants whose parent ends become children of this process, so that they can be found (Linux)."""
+    if sys.platform.startswith("linux"):
+        set_child_subreaper = 36
+        _libc().prctl(set_child_subreaper, 1, 0, 0, 0)
+
+
 def in_words() -> str:
     """What this system adds to the clock and the memory limit, for the report."""
     found = ["no network (empty namespace)"] if namespaces() else ["network refused by an audit hook only"]
     found.append("files fenced by Landlock" if landlock_version() else "files fenced by an audit hook only")
+    if hasattr(os, "getuid") and os.getuid() == 0:
+        found.append("run as root: an ordinary user is safer")
     return "; ".join(found)
 
 
 def restrict(*, memory: int, seconds: int, processes: int) -> None:
     """Limits on this process and its children: bytes above what torch needs to load, seconds of CPU time, processes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
+    import resource
+
     # Torch reserves many gigabytes of address space that it never touches; resident memory is the grader's to watch.
     wanted = [
         (resource.RLIMIT_AS, memory + 24 * 2**30),
         (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, 64 * 2**20),
+        # Together they bound what can be held in files without a name, which no one's resident memory shows.
+        (resource.RLIMIT_FSIZE, 8 * 2**20),
+        (resource.RLIMIT_NOFILE, 128),
         (resource.RLIMIT_CORE, 0),
     ]
     if hasattr(resource, "RLIMIT_NPROC") and os.getuid() != 0 and not namespaces():
@@ -81,7 +90,13 @@ _RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 
 
 
 class _Ruleset(ctypes.Structure):
-    _fields_ = [("handled_access_fs", ctypes.c_uint64)]
+    """Files; from version 4 on TCP; from 6 on abstract sockets and signals to processes outside."""
+
+    _fields_ = [
+        ("handled_access_fs", ctypes.c_uint64),
+        ("handled_access_net", ctypes.c_uint64),
+        ("scoped", ctypes.c_uint64),
+    ]
 
 
 class _Beneath(ctypes.Structure):
@@ -109,12 +124,13 @@ def fence(*, read: Iterable[Path | str], write: Iterable[Path | str]) -> bool:
     https://docs.kernel.org/userspace-api/landlock.html. Nothing is changed, and False returned, where the system has no
     Landlock.
     """
-    version = min(landlock_version(), 5)
+    version = landlock_version()
     if version == 0:
         return False
-    rights, libc = _RIGHTS[version], _libc()
-    rules = _Ruleset(rights)
-    ruleset = libc.syscall(_CREATE, ctypes.byref(rules), ctypes.c_size_t(ctypes.sizeof(rules)), ctypes.c_uint32(0))
+    rights, libc = _RIGHTS[min(version, 5)], _libc()
+    rules = _Ruleset(rights, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    ruleset = libc.syscall(_CREATE, ctypes.byref(rules), ctypes.c_size_t(size), ctypes.c_uint32(0))
     if ruleset < 0:
         return False
     try:

@@ -58,7 +58,7 @@ def master(assignment: str) -> Path:
 
 def part(cell: Any) -> str:
     """What the cell is for; ``own`` if nbgrader knows nothing of it (prose, set-up, a student's own cells)."""
-    marks = cell.metadata.get("nbgrader", {})
+    marks = _nbgrader(cell)
     grade, solution = marks.get("grade", False), marks.get("solution", False)
     if grade and solution:
         return "plot" if cell.cell_type == "code" else "written"
@@ -69,8 +69,14 @@ def part(cell: Any) -> str:
     return "given" if marks.get("locked") else "own"
 
 
+def _nbgrader(cell: Any) -> Any:
+    """nbgrader's metadata of a cell; what is handed in may hold anything there."""
+    found = cell.metadata.get("nbgrader")
+    return found if isinstance(found, dict) else {}
+
+
 def grade_id(cell: Any) -> str:
-    return str(cell.metadata.get("nbgrader", {}).get("grade_id") or cell.get("id", ""))
+    return str(_nbgrader(cell).get("grade_id") or cell.get("id", ""))
 
 
 def cells(notebook: Any) -> list[Cell]:
@@ -79,9 +85,10 @@ def cells(notebook: Any) -> list[Cell]:
     for cell in notebook.cells:
         kind = part(cell)
         if cell.cell_type == "code" or kind == "written":
-            points = float(cell.metadata.get("nbgrader", {}).get("points", 0))
-            tags = tuple(cell.metadata.get("tags", ()))
-            found.append(Cell(grade_id(cell), kind, cell.source, points, tags))
+            points, tags = _nbgrader(cell).get("points", 0), cell.metadata.get("tags", ())
+            points = float(points) if isinstance(points, int | float) else 0.0
+            tags = tuple(map(str, tags)) if isinstance(tags, list | tuple) else ()
+            found.append(Cell(grade_id(cell), kind, str(cell.source), points, tags))
     return found
 
 

@@ -10,15 +10,17 @@ import contextlib
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -26,6 +28,7 @@ import nbtools
 from coursework import limits, wire
 
 _TICK = 0.05
+_LIVE: weakref.WeakSet[Sandbox] = weakref.WeakSet()
 FORKS = sys.platform.startswith("linux")  # elsewhere a process that has loaded torch is not safely forked
 
 
@@ -37,6 +40,7 @@ class Limits:
     total: seconds of a submission, starts included.
     memory: resident bytes of its processes together.
     processes: how many it may have.
+    files: bytes in its folder.
     """
 
     seconds: float = 20.0
@@ -44,10 +48,11 @@ class Limits:
     total: float = 300.0
     memory: int = 2 * 2**30
     processes: int = 16
+    files: int = 256 * 2**20
 
 
 class Ended(Exception):
-    """The process is gone. ``status``: ``time``, ``memory``, ``processes`` or ``crash``."""
+    """The process is gone. ``status``: ``time``, ``memory``, ``processes``, ``files`` or ``crash``."""
 
     def __init__(self, status: str, message: str) -> None:
         super().__init__(message)
@@ -68,9 +73,14 @@ class Sandbox:
 
     def __init__(self, bounds: Limits, secret: Sequence[Path], assignment: str) -> None:
         self.bounds, self.secret, self.assignment = bounds, secret, assignment
-        self._outer: tempfile.TemporaryDirectory[str] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
         self.running = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._channel: socket.socket | None = None
+        self._lines: queue.Queue[bytes] = queue.Queue()
+        self._outer: Path | None = None
+        self._weighed = 0.0
+        _LIVE.add(self)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -82,7 +92,7 @@ class Sandbox:
     def folder(self) -> Path:
         """The working folder of the process that runs now. Its parent is the grader's alone."""
         assert self._outer is not None
-        return Path(self._outer.name) / "work"
+        return self._outer / "work"
 
     def start(self) -> None:
         """A fresh process in a fresh folder.
@@ -91,10 +101,67 @@ class Sandbox:
             RuntimeError: it does not start, which is not the submission's fault.
         """
         self.stop()
-        self._outer = tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True)
-        self.folder.mkdir()
-        if self._process is None:
-            self._load()
+        for attempt in (1, 2):  # what a submission has left of the waiting process may be of no use
+            self._outer = Path(tempfile.mkdtemp(prefix="grading-"))
+            self.folder.mkdir()
+            try:
+                if self._process is None:
+                    self._load()
+                self._fork()
+                return
+            except (Ended, OSError) as error:
+                self._kill()
+                self.stop()
+                if attempt == 2:
+                    raise RuntimeError(f"the sandbox does not start: {error}") from error
+
+    def _load(self) -> None:
+        # HOME for matplotlib's cache of fonts; what runs the submission gets a home of its own.
+        wanted = ("PATH", "LANG", "HOME", "MPLCONFIGDIR", "SVIT_DATA_DIR")
+        passed = {key: value for key, value in os.environ.items() if key in wanted}
+        mine, theirs = socket.socketpair()
+        with theirs:
+            number = str(theirs.fileno())
+            self._process = subprocess.Popen(
+                [*limits.namespaces(), sys.executable, "-m", "coursework.worker", self.assignment, number],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                cwd=nbtools.ROOT,
+                start_new_session=True,
+                env={
+                    **passed,
+                    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+                    "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                    "MPLBACKEND": "Agg",
+                    "CUDA_VISIBLE_DEVICES": "",
+                },
+            )
+        self._control = mine
+        if self._heard(300) != b"loaded":
+            raise Ended("crash", "torch and the checks do not load: try `make doctor`")
+
+    def _heard(self, seconds: float) -> bytes:
+        """A line from the waiting process; b"" where none comes."""
+        assert self._control is not None
+        self._control.settimeout(seconds)
+        line = b""
+        with contextlib.suppress(OSError):
+            while not line.endswith(b"\n") and (part := self._control.recv(1)):
+                line += part
+        return line.strip()
+
+    def _fork(self) -> None:
+        assert self._control is not None
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"."], [theirs.fileno()])
+        # The thread gets its own queue: one that is late must not speak for a process that is gone.
+        self._lines = queue.Queue(maxsize=4)
+        threading.Thread(target=_listen, args=(self._channel, self._lines), daemon=True).start()
+        self.running, self._weighed = True, time.monotonic()
         setup = {
             "folder": str(self.folder),
             "secret": [str(path) for path in self.secret],
@@ -102,43 +169,7 @@ class Sandbox:
             "seconds": int(self.bounds.total) + 60,
             "processes": self.bounds.processes,
         }
-        self.running = True
-        try:
-            self.ask(setup, seconds=120)
-        except Ended as ended:
-            raise RuntimeError(f"the sandbox does not start: {ended}") from ended
-
-    def _load(self) -> None:
-        # HOME for matplotlib's cache of fonts; what runs the submission gets a home of its own.
-        wanted = ("PATH", "LANG", "HOME", "MPLCONFIGDIR", "SVIT_DATA_DIR", "SYSTEMROOT")
-        passed = {key: value for key, value in os.environ.items() if key in wanted}
-        self._process = subprocess.Popen(
-            [*limits.namespaces(), sys.executable, "-m", "coursework.worker", self.assignment],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=nbtools.ROOT,
-            start_new_session=True,
-            env={
-                **passed,
-                **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-                "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "MPLBACKEND": "Agg",
-                "CUDA_VISIBLE_DEVICES": "",
-            },
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._to, self._lines = self._process.stdin, queue.Queue()  # type: IO[bytes], queue.Queue[bytes]
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
-        try:
-            line = self._lines.get(timeout=300)
-        except queue.Empty:
-            line = b""
-        if not line:
-            said = self._process.stderr.read() if self._process.stderr and not line else b""
-            self.close()
-            raise RuntimeError(f"the sandbox does not start:\n{said.decode(errors='replace')[-2000:]}")
+        self.ask(setup, seconds=60)
 
     def ask(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Send a message and wait for its answer.
@@ -146,62 +177,55 @@ class Sandbox:
         Raises:
             Ended: it took longer than ``seconds``, grew past a limit, or died. The process is then gone.
         """
-        with contextlib.suppress(OSError):  # a process that is gone says so below
-            self._to.write((wire.encode(message) + "\n").encode())
-            self._to.flush()
-        answer, until = None, time.monotonic() + seconds
-        while answer is None:
+        assert self._channel is not None
+        until = time.monotonic() + seconds
+        data = (wire.encode(message) + "\n").encode()
+        # In a thread, because a process that does not read must not keep this one waiting.
+        threading.Thread(target=_send, args=(self._channel, data), daemon=True).start()
+        while True:
             with contextlib.suppress(queue.Empty):
-                answer = self._answer(self._lines.get(timeout=_TICK))
-            if answer is None:
-                self._watch()
-                if time.monotonic() > until:
-                    self._end("time", f"stopped after {seconds:g} seconds: an endless loop, or far too slow?")
-        if "over" in answer:
-            self.running = False
-            raise Ended("crash", _died(answer["over"]))
-        return answer
+                return self._answer(self._lines.get(timeout=_TICK))
+            self._watch()
+            if time.monotonic() > until:
+                self._end("time", f"stopped after {seconds:g} seconds: an endless loop, or far too slow?")
 
-    def _answer(self, line: bytes) -> dict[str, Any] | None:
-        """The message of a line; None for an empty one."""
+    def _answer(self, line: bytes) -> dict[str, Any]:
         if not line:
-            assert self._process is not None
-            self._process.wait(10)
-            return {"over": self._process.returncode}
+            code = self.stop()
+            raise Ended("crash", _died(code))
         if len(line) > wire.LONGEST:
             self._end("memory", f"it returns more than {wire.LONGEST >> 20} MiB")
-        if not line.strip():
-            return None
         try:
             answer = wire.decode(line)
+            kinds = {"seen": dict, "missing": list, "defined": list, "pictures": list, "ready": bool}
             if not isinstance(answer, dict):
                 raise ValueError("not a message")
-        except (ValueError, TypeError, KeyError) as error:
-            self._end("crash", f"its answer cannot be read ({error})")
+            for key, value in answer.items():
+                if not isinstance(value, kinds.get(key, str)):
+                    raise ValueError("not a message")
+        except ValueError as error:
+            self._end("crash", f"its answer cannot be read: {error}")
         found: dict[str, Any] = answer
         return found
 
-    def _listen(self, stream: IO[bytes]) -> None:
-        """A thread: pipes cannot be waited for with a time limit on every system. b"" says that the process is gone."""
-        while True:
-            try:
-                line = stream.readline(wire.LONGEST + 1)
-            except (OSError, ValueError):
-                line = b""
-            self._lines.put(line)
-            if not line or len(line) > wire.LONGEST:
-                return
-
     def _family(self) -> list[psutil.Process]:
         """The processes that run the submission: not the one that waits, nor `unshare` before it."""
-        assert self._process is not None
+        if self._process is None:
+            return []
         try:
             family = psutil.Process(self._process.pid).children(recursive=True)
             if limits.namespaces():
                 family = family[1:]
-            return family if FORKS else [psutil.Process(self._process.pid), *family]
+            if not FORKS:
+                family = [psutil.Process(self._process.pid), *family]
         except psutil.Error:
             return []
+        alive = []
+        for member in family:
+            with contextlib.suppress(psutil.Error):
+                if member.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(member)
+        return alive
 
     def _watch(self) -> None:
         family, resident = self._family(), 0
@@ -212,70 +236,109 @@ class Sandbox:
             self._end("memory", f"stopped at {self.bounds.memory / 2**30:.2g} GiB of memory")
         if len(family) > self.bounds.processes:
             self._end("processes", f"stopped at {self.bounds.processes} processes")
+        if time.monotonic() - self._weighed > 1:
+            self._weighed = time.monotonic()
+            if _size(self.folder) > self.bounds.files:
+                self._end("files", f"stopped at {self.bounds.files >> 20} MiB of files, or folders without end")
 
     def _end(self, status: str, message: str) -> None:
         self.stop()
         raise Ended(status, message)
 
-    def stop(self) -> None:
-        """End what runs of the submission, and remove its folder."""
+    def stop(self) -> Any:
+        """End what runs of the submission, and remove its folder. Returns the exit status, None if it is not known."""
+        code: Any = None
         if self.running:
             self.running = False
-            if not FORKS:
-                self._kill()
-            else:
-                for _ in range(5):  # one that forks while it is being killed leaves others behind
-                    for member in (family := self._family()):
-                        with contextlib.suppress(psutil.Error):
-                            member.kill()
-                    if not family:
-                        break
-                self._forget()
-        if self._outer is not None:
-            self._outer.cleanup()
-            self._outer = None
-
-    def _forget(self) -> None:
-        """Read on until the waiting process says that the other is over; if it does not, end that one as well."""
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            with contextlib.suppress(queue.Empty):
-                line = self._lines.get(timeout=_TICK)
-                if not line or len(line) > wire.LONGEST:
+            for _ in range(20):  # one that forks while it is being killed leaves others behind
+                family = self._family()
+                for member in family:
+                    with contextlib.suppress(psutil.Error):
+                        member.kill()
+                if not family:
                     break
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    if "over" in wire.decode(line):
-                        return
-        self._kill()
+                time.sleep(0.01)
+            try:
+                code = int(self._heard(10)) if FORKS else None
+            except ValueError:
+                code = None
+            if code is None:
+                self._kill()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._outer is not None:
+            # Not shutil.rmtree, which gives up in folders a thousand deep.
+            subprocess.run(["rm", "-rf", str(self._outer)], check=False, capture_output=True)
+            self._outer = None
+        return code
 
     def _kill(self) -> None:
+        """End the waiting process, and with it everything."""
         process, self._process = self._process, None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
         if process is None:
             return
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     child.kill()
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(OSError):
             process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        with contextlib.suppress(OSError):
-            self._to.close()
 
     def close(self) -> None:
         """End everything."""
-        self.running = False
-        self._kill()
         self.stop()
+        self._kill()
+        _LIVE.discard(self)
+
+
+def close_all() -> None:
+    """End every sandbox of this process, from a signal handler."""
+    for sandbox in list(_LIVE):
+        sandbox._kill()
+
+
+def _send(channel: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # a process that is gone is noticed where its answer is waited for
+        channel.sendall(data)
+
+
+def _listen(channel: socket.socket, lines: queue.Queue[bytes]) -> None:
+    """A thread: hands over line by line, and b"" at the end."""
+    with contextlib.suppress(OSError, ValueError), channel.makefile("rb") as stream:
+        while line := stream.readline(wire.LONGEST + 1):
+            lines.put(line)
+            if len(line) > wire.LONGEST:
+                return
+    lines.put(b"")
+
+
+def _size(folder: Path) -> int:
+    """Bytes in a folder; more than any limit where it is too deep to look through."""
+    total = 0
+    try:
+        for place, _, names in os.walk(folder):
+            if place.count(os.sep) > 200:
+                return sys.maxsize
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    except RecursionError:
+        return sys.maxsize
+    return total
 
 
 def _died(code: Any) -> str:
-    number = -code if isinstance(code, int) and code < 0 else 0
-    if number:
-        with contextlib.suppress(ValueError):
-            return f"the process died ({signal.Signals(number).name})"
+    if code is None:
+        return "the process is gone"
+    with contextlib.suppress(ValueError):
+        if code < 0:
+            return f"the process died ({signal.Signals(-code).name})"
     return f"the process ended itself (exit status {code})"

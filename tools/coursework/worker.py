@@ -1,8 +1,9 @@
 """The process in which a submission runs. It gets code and questions, and gives back what it saw; it holds no marks.
 
-Started by `coursework.sandbox` with a pipe in each direction: messages as in `coursework.wire`. On Linux the process
-that loads torch and the checks only waits, and forks one that runs the submission; when that is over it says so and
-forks the next. First the cells are sent, then a question case by case, so that the grader knows where it hung.
+On Linux the process that `coursework.sandbox` starts loads torch and the checks, and then only waits: it forks one that
+runs the submission, and when that is over it says so and forks the next. The two never share a channel: the waiting
+process is spoken to over a socket that its child closes at once, the child over one of its own, by messages as in
+`coursework.wire`. First the cells are sent, then a question case by case, so that the grader knows where it hung.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import linecache
 import os
 import signal
+import socket
 import sys
 import sysconfig
 import tempfile
@@ -103,7 +105,16 @@ def _readable() -> Iterator[Path | str]:
     import svit_utils
     from svit_utils.paths import data_dir, results_dir
 
-    yield from ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", "/opt", "/nix")
+    yield from ("/usr", "/lib", "/lib64", "/opt", "/nix", "/System", "/Library", "/proc", "/sys/devices/system")
+    yield from (
+        "/etc/ld.so.cache",
+        "/etc/localtime",
+        "/etc/fonts",
+        "/dev/null",
+        "/dev/zero",
+        "/dev/random",
+        "/dev/urandom",
+    )
     yield from {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
     yield Path(svit_utils.__file__).parent
     yield from (data_dir(), results_dir())
@@ -111,8 +122,11 @@ def _readable() -> Iterator[Path | str]:
     yield from (root / "data", root / "results")
 
 
-def main(assignment: str) -> None:
-    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
+def main(assignment: str, control: socket.socket) -> None:
+    # The grader decides when this one ends; a submission must not be able to.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    limits.keep_orphans()
     import matplotlib.pyplot as plt
     import torch
 
@@ -125,35 +139,45 @@ def main(assignment: str) -> None:
     plt.close("all")
     for module in (sys.modules[__name__], limits, wire):
         linecache.getlines(str(module.__file__))  # for warnings, which quote lines and must not read here later
-    _say(outgoing, loaded=True)
-    for line in incoming:
-        setup = wire.decode(line)
-        if "folder" not in setup:
-            continue  # meant for one that died before it read it
+    control.sendall(b"loaded\n")
+    while True:
+        _, passed, _, _ = socket.recv_fds(control, 1, 1)
+        if not passed:
+            return  # the grader is done
+        channel = socket.socket(fileno=passed[0])
         if not sys.platform.startswith("linux"):
-            run(setup, incoming, outgoing)
+            control.close()
+            run(channel)
             return
         child = os.fork()
         if child == 0:
             try:
-                run(setup, incoming, outgoing)
+                control.close()
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                run(channel)
             finally:
                 os._exit(0)
+        channel.close()
         _, status = os.waitpid(child, 0)
         if os.getpid() == 1:  # of a process namespace: whatever the submission has left running there
             with contextlib.suppress(OSError):
                 os.kill(-1, signal.SIGKILL)
-        outgoing.write("\n")  # the other may have died in the middle of a line
-        _say(outgoing, over=os.waitstatus_to_exitcode(status))
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, 0 if os.getpid() == 1 else os.WNOHANG)[0]:
+                pass
+        control.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def _say(outgoing: Any, **message: Any) -> None:
-    outgoing.write(wire.encode(message) + "\n")
+    outgoing.write((wire.encode(message) + "\n").encode())
     outgoing.flush()
 
 
-def run(setup: dict[str, Any], incoming: Any, outgoing: Any) -> None:
+def run(channel: socket.socket) -> None:
     """The submission, until there is nothing more to ask."""
+    incoming, outgoing = channel.makefile("rb"), channel.makefile("wb")
+    setup = wire.decode(incoming.readline())
     import matplotlib.pyplot as plt
     import torch
     from IPython.core.inputtransformer2 import TransformerManager
@@ -233,4 +257,4 @@ def _in_one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))

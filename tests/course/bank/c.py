@@ -128,6 +128,41 @@ PLANTED = [
         _forward(split="q, k, v = (t.reshape(B, self.num_heads, N, -1) for t in self.qkv(x).chunk(3, dim=-1))"),
     ),
     Planted(
+        "heads before tokens in one reshape",
+        "c1",
+        "visible",
+        "the axes of qkv\\(x\\) are cut up in another order",
+        _forward(split="q, k, v = self.qkv(x).reshape(B, self.num_heads, N, 3, -1).permute(3, 0, 1, 2, 4)"),
+    ),
+    Planted(
+        "q, k, v before tokens in one reshape",
+        "c1",
+        "visible",
+        "the axes of qkv\\(x\\) are cut up in another order",
+        _forward(split="q, k, v = self.qkv(x).reshape(B, 3, self.num_heads, N, -1).transpose(0, 1)"),
+    ),
+    Planted(
+        "no heads",
+        "c1",
+        "visible",
+        "there is one head only",
+        _forward(split="q, k, v = self.qkv(x).chunk(3, dim=-1)", merge="weights @ v"),
+    ),
+    Planted(
+        "no heads, scaled by the whole width",
+        "c1",
+        "visible",
+        "there is one head only",
+        _forward(split="q, k, v = self.qkv(x).chunk(3, dim=-1)", merge="weights @ v", scale="/ C**0.5"),
+    ),
+    Planted(
+        "every mask taken for a boolean one",
+        "c1",
+        "visible",
+        "a mask of numbers: the mask holds numbers",
+        _forward(mask="scores = scores if attn_mask is None else scores.masked_fill(~(attn_mask > 0), -torch.inf)"),
+    ),
+    Planted(
         "heads and tokens swapped in the merge",
         "c1",
         "visible",
@@ -242,12 +277,59 @@ def restore(model):
         "copies of the weights in new modules",
         "c2",
         "visible",
-        "another object has taken its place",
+        "a new module has taken its place, with copies of the weights",
         """
 def convert(model, tau):
     names = []
     for index, block in enumerate(model.blocks if hasattr(model, "blocks") else []):
         new = ThresholdedAttention(block.attn.qkv.in_features, block.attn.num_heads, qkv_bias=True).double().eval()
+        new.load_state_dict(block.attn.state_dict())
+        new.tau, new.old = tau, [block.attn]
+        block.attn = new
+        names.append(f"blocks.{index}.attn")
+    if not names:
+        raise ValueError(type(model).__name__)
+    return names
+
+
+def restore(model):
+    for block in model.blocks:
+        block.attn = block.attn.old[0]
+""",
+    ),
+    Planted(
+        "new modules in float32",
+        "c2",
+        "visible",
+        "a new module has taken its place, with other weights",
+        """
+def convert(model, tau):
+    names = []
+    for index, block in enumerate(model.blocks if hasattr(model, "blocks") else []):
+        new = ThresholdedAttention(block.attn.qkv.in_features, block.attn.num_heads, qkv_bias=True)
+        new.tau, new.old = tau, [block.attn]
+        block.attn = new
+        names.append(f"blocks.{index}.attn")
+    if not names:
+        raise ValueError(type(model).__name__)
+    return names
+
+
+def restore(model):
+    for block in model.blocks:
+        block.attn = block.attn.old[0]
+""",
+    ),
+    Planted(
+        "new modules in float32 with the weights loaded",
+        "c2",
+        "visible",
+        "module.__class__ = ThresholdedAttention",
+        """
+def convert(model, tau):
+    names = []
+    for index, block in enumerate(model.blocks if hasattr(model, "blocks") else []):
+        new = ThresholdedAttention(block.attn.qkv.in_features, block.attn.num_heads, qkv_bias=True)
         new.load_state_dict(block.attn.state_dict())
         new.tau, new.old = tau, [block.attn]
         block.attn = new
@@ -483,6 +565,32 @@ def cut_for_a_while(model, tau):
 """,
     ),
     Planted(
+        "return in place of yield",
+        "c3",
+        "visible",
+        "'list' object is not an iterator.: `yield` the names once",
+        """
+@contextmanager
+def cut_for_a_while(model, tau):
+    names = convert(model, tau)
+    return names
+""",
+    ),
+    Planted(
+        "no decorator",
+        "c3",
+        "visible",
+        "keep `@contextmanager`",
+        """
+def cut_for_a_while(model, tau):
+    names = convert(model, tau)
+    try:
+        yield names
+    finally:
+        restore(model)
+""",
+    ),
+    Planted(
         "no names",
         "c3",
         "visible",
@@ -571,6 +679,88 @@ def class_attention_on_grid(model, x):
     model(x)
     handle.remove()
     return seen[0][:, :, 0, model.num_prefix_tokens:].unflatten(-1, model.patch_embed.grid_size)
+""",
+    ),
+    Planted(
+        "no return",
+        "c4",
+        "visible",
+        "does the function end without `return`. Or was nothing recorded",
+        """
+def class_attention_on_grid(model, x):
+    attention = model.blocks[-1].attn
+    attention.fused_attn, seen = False, []
+    handle = attention.attn_drop.register_forward_hook(lambda m, i, out: seen.append(out))
+    model(x)
+    handle.remove()
+    attention.fused_attn = True
+    h, w = model.patch_embed.grid_size
+    grid = seen[0][:, :, 0, model.num_prefix_tokens:].unflatten(-1, (h, w))
+""",
+    ),
+    Planted(
+        "prefix token kept, 17 keys on 16 places",
+        "c4",
+        "visible",
+        "the prefix tokens are still in .*of the N = 17 keys",
+        """
+def class_attention_on_grid(model, x):
+    attention = model.blocks[-1].attn
+    attention.fused_attn, seen = False, []
+    handle = attention.attn_drop.register_forward_hook(lambda m, i, out: seen.append(out))
+    model(x)
+    handle.remove()
+    attention.fused_attn = True
+    h, w = model.patch_embed.grid_size
+    return seen[0][:, :, 0].unflatten(-1, (h, w))
+""",
+    ),
+    Planted(
+        "prefix token kept, reshaped",
+        "c4",
+        "visible",
+        "the prefix tokens are still in .*of the N = 17 keys",
+        """
+def class_attention_on_grid(model, x):
+    attention = model.blocks[-1].attn
+    attention.fused_attn, seen = False, []
+    handle = attention.attn_drop.register_forward_hook(lambda m, i, out: seen.append(out))
+    model(x)
+    handle.remove()
+    attention.fused_attn = True
+    h, w = model.patch_embed.grid_size
+    return seen[0][:, :, 0].reshape(len(x), -1, h, w)
+""",
+    ),
+    Planted(
+        "one prefix token left out of two",
+        "c4",
+        "hidden",
+        "only one prefix token is left out",
+        """
+def class_attention_on_grid(model, x):
+    attention = model.blocks[-1].attn
+    attention.fused_attn, seen = False, []
+    handle = attention.attn_drop.register_forward_hook(lambda m, i, out: seen.append(out))
+    model(x)
+    handle.remove()
+    attention.fused_attn = True
+    h, w = model.patch_embed.grid_size
+    return seen[0][:, :, 0, 1:].reshape(len(x), -1, h, w)
+""",
+    ),
+    Planted(
+        "the tokens that leave the last block",
+        "c4",
+        "visible",
+        "as forward_features gives them",
+        """
+@torch.no_grad()
+def class_attention_on_grid(model, x):
+    a, tokens = model.blocks[-1].attn, model.forward_features(x)
+    q, k, _ = a.qkv(tokens).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    p = (a.q_norm(q) @ a.k_norm(k).transpose(-2, -1) * a.scale).softmax(-1)
+    return p[:, :, 0, model.num_prefix_tokens :].unflatten(-1, model.patch_embed.grid_size)
 """,
     ),
     Planted(

@@ -91,8 +91,8 @@ def tau_at(step, tau, ramp):
     Planted(
         "no ramp divides by zero",
         "d1",
-        "hidden",
-        "no ramp: it stops with ZeroDivisionError",
+        "visible",
+        "no ramp at all: it stops with ZeroDivisionError",
         """
 def tau_at(step, tau, ramp):
     return tau * min(1.0, step / ramp)
@@ -197,7 +197,7 @@ def tau_at(step, tau, ramp):
         "visible",
         "that is the \\*unpaired\\* bootstrap",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     rng, n = np.random.default_rng(seed), len(a)
     first = np.asarray(a, float)[rng.integers(0, n, (resamples, n))].mean(axis=1)
     second = np.asarray(b, float)[rng.integers(0, n, (resamples, n))].mean(axis=1)
@@ -210,7 +210,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "two calls with the same seed give two intervals",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(a, float) - np.asarray(b, float)
     drawn = np.random.default_rng().integers(0, len(d), (resamples, len(d)))
     return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
@@ -222,7 +222,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "are `seed`, and chance, used",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(a, float) - np.asarray(b, float)
     drawn = np.random.default_rng(0).integers(0, len(d), (resamples, len(d)))
     return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
@@ -234,7 +234,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "that is the 90 % interval",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(a, float) - np.asarray(b, float)
     drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
     return tuple(np.quantile(d[drawn].mean(axis=1), [0.05, 0.95]))
@@ -246,7 +246,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "np.percentile wants 2.5",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(a, float) - np.asarray(b, float)
     drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
     return tuple(np.percentile(d[drawn].mean(axis=1), [0.025, 99.975]))
@@ -258,7 +258,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "1.96 standard errors",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(a, float) - np.asarray(b, float)
     means = d[np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))].mean(axis=1)
     error = means.std()
@@ -271,7 +271,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "one standard error covers 68 %",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(a, float) - np.asarray(b, float)
     error = d.std(ddof=1) / np.sqrt(len(d))
     return d.mean() - error, d.mean() + error
@@ -283,7 +283,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "interval of a alone",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     a = np.asarray(a, float)
     drawn = np.random.default_rng(seed).integers(0, len(a), (resamples, len(a)))
     return tuple(np.quantile(a[drawn].mean(axis=1), [0.025, 0.975]))
@@ -295,7 +295,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "interval of b - a",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(b, float) - np.asarray(a, float)
     drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
     return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
@@ -307,7 +307,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "\\*with\\* replacement",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d, rng = np.asarray(a, float) - np.asarray(b, float), np.random.default_rng(seed)
     return tuple(np.quantile([rng.permutation(d).mean() for _ in range(resamples)], [0.025, 0.975]))
 """,
@@ -318,7 +318,7 @@ def paired_interval(a, b, resamples, seed):
         "visible",
         "each resample draws `resamples` images",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.asarray(a, float) - np.asarray(b, float)
     drawn = np.random.default_rng(seed).integers(0, len(d), (len(d), resamples))
     return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
@@ -328,12 +328,174 @@ def paired_interval(a, b, resamples, seed):
         "bool cannot be subtracted",
         "d2",
         "visible",
-        "right answers \\(bool\\).*boolean subtract",
+        "right answers \\(bool\\).*convert them to float first",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = a - b
     drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
     return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "right and wrong compared by xor",
+        "d2",
+        "visible",
+        "interval of \\|a - b\\|",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = a ^ b if a.dtype == bool else a - b
+    drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+    return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "absolute differences",
+        "d2",
+        "visible",
+        "interval of \\|a - b\\|",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.abs(np.asarray(a, float) - np.asarray(b, float))
+    drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+    return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "np.percentile with the shares of np.quantile",
+        "d2",
+        "visible",
+        "counts in per cent",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+    return tuple(np.percentile(d[drawn].mean(axis=1), [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "in percentage points",
+        "d2",
+        "visible",
+        "a hundred times too large",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = 100 * (np.asarray(a, float) - np.asarray(b, float))
+    drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+    return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "chapter 4's, with the mean",
+        "d2",
+        "visible",
+        "should be 2 numbers, low and high; it has 3",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+    return (d.mean(), *np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "groups not used",
+        "d2",
+        "visible",
+        "24 groups: .*`groups` is not used",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+    return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "the mean of the groups' means",
+        "d2",
+        "visible",
+        "a small group counts as much",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    if groups is None:
+        drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+        return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+    member = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    rng, m, means = np.random.default_rng(seed), len(member), []
+    for _ in range(resamples):
+        means.append(np.mean([d[member[g]].mean() for g in rng.integers(0, m, m)]))
+    return tuple(np.quantile(means, [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "groups: divided by n",
+        "d2",
+        "visible",
+        "divided by n = 150 each time",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    if groups is None:
+        drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+        return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+    member = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    rng, m, means = np.random.default_rng(seed), len(member), []
+    for _ in range(resamples):
+        means.append(sum(d[member[g]].sum() for g in rng.integers(0, m, m)) / len(d))
+    return tuple(np.quantile(means, [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "a group drawn twice counts once",
+        "d2",
+        "visible",
+        "counts once",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    rng, labels, means = np.random.default_rng(seed), np.unique(np.arange(len(d)) if groups is None else groups), []
+    for _ in range(resamples):
+        if groups is None:
+            means.append(d[rng.integers(0, len(d), len(d))].mean())
+        else:
+            means.append(d[np.isin(groups, rng.choice(labels, len(labels)))].mean())
+    return tuple(np.quantile(means, [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "drawn within each group",
+        "d2",
+        "visible",
+        "images are drawn within each group",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    if groups is None:
+        drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+        return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+    member = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    rng, m, means = np.random.default_rng(seed), len(member), []
+    for _ in range(resamples):
+        drawn = [rng.choice(i, len(i)) for i in member]
+        means.append(d[np.concatenate(drawn)].mean())
+    return tuple(np.quantile(means, [0.025, 0.975]))
+""",
+    ),
+    Planted(
+        "as many groups as images",
+        "d2",
+        "visible",
+        "draw as many groups as there are, m = 24",
+        """
+def paired_interval(a, b, resamples, seed, groups=None):
+    d = np.asarray(a, float) - np.asarray(b, float)
+    if groups is None:
+        drawn = np.random.default_rng(seed).integers(0, len(d), (resamples, len(d)))
+        return tuple(np.quantile(d[drawn].mean(axis=1), [0.025, 0.975]))
+    member = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    rng, m, means = np.random.default_rng(seed), len(member), []
+    for _ in range(resamples):
+        means.append(d[np.concatenate([member[g] for g in rng.integers(0, m, len(d))])].mean())
+    return tuple(np.quantile(means, [0.025, 0.975]))
 """,
     ),
     Planted(
@@ -454,6 +616,17 @@ def choose_tau(validation, test):
 """,
     ),
     Planted(
+        "the list of test accuracies is returned",
+        "d4",
+        "visible",
+        "the second value is a list, one accuracy per seed",
+        """
+def choose_tau(validation, test):
+    tau = max(sorted(validation), key=lambda t: np.mean(validation[t]))
+    return tau, test[tau]
+""",
+    ),
+    Planted(
         "the best single run chooses",
         "d4",
         "visible",
@@ -467,7 +640,7 @@ def choose_tau(validation, test):
     Planted(
         "ties by the order of the table",
         "d4",
-        "hidden",
+        "visible",
         "tie on validation: take the smaller",
         """
 def choose_tau(validation, test):
@@ -540,21 +713,29 @@ def fine_tune(start, images, labels, test_images, *, tau, ramp, steps, batch_siz
         "multinomial counts instead of indices",
         "d2",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     d = np.subtract(a, b, dtype=float)
-    counts = np.random.default_rng(seed).multinomial(len(d), np.full(len(d), 1 / len(d)), resamples)
-    return np.percentile(counts @ d / len(d), (2.5, 97.5)).tolist()
+    belongs = np.eye(len(d)) if groups is None else (np.array(sorted(set(groups)))[:, None] == groups).astype(float)
+    m = len(belongs)
+    counts = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), resamples)
+    return np.percentile(counts @ (belongs @ d) / (counts @ belongs.sum(1)), (2.5, 97.5)).tolist()
 """,
     ),
     Unusual(
-        "a loop in torch, a and b looked up apart, sorted by hand",
+        "a loop in torch, a and b looked up apart, groups in a dict, sorted by hand",
         "d2",
         """
-def paired_interval(a, b, resamples, seed):
+def paired_interval(a, b, resamples, seed, groups=None):
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     generator, means = torch.Generator().manual_seed(seed), []
+    images = {}
+    for i, group in enumerate(range(len(a)) if groups is None else groups.tolist()):
+        images.setdefault(group, []).append(i)
+    images = [torch.tensor(i) for i in images.values()]
     for _ in range(resamples):
-        drawn = torch.randint(len(a), (len(a),), generator=generator)
+        drawn = torch.randint(len(images), (len(images),), generator=generator)
+        if groups is not None:
+            drawn = torch.cat([images[g] for g in drawn])
         means.append(float(a[drawn].mean() - b[drawn].mean()))
     means.sort()
     return means[int(0.025 * resamples)], means[min(int(0.975 * resamples), resamples - 1)]
