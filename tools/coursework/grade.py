@@ -355,7 +355,7 @@ def marks_by_hand(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
     """What the lecturer has entered, by student, assignment and question.
 
     Raises:
-        ValueError: a mark that is no number, or out of range.
+        ValueError: columns are missing, or a mark is no number, or out of range.
     """
     if not path.is_file():
         return {}
@@ -363,13 +363,15 @@ def marks_by_hand(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         try:
             reader = csv.DictReader(file)
-            missing, lines = [name for name in BY_HAND if name not in (reader.fieldnames or ())], list(reader)
+            lines = list(reader)
+            missing = [name for name in BY_HAND if name not in (reader.fieldnames or ())]
         except csv.Error as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
     if missing:
         raise ValueError(
             f"{path} has no column {missing[0]}; its columns are {', '.join(BY_HAND)}, with commas between"
         )
+    for number, line in enumerate(lines, 2):
         row = {name: _honest(line[name] or "") for name in BY_HAND}
         if text := row["marks"].strip().replace(",", "."):
             try:
