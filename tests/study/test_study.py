@@ -143,6 +143,15 @@ def test_a_study_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not (STUDY / "cells.csv").is_file(), reason="the study is not recorded here")
+def test_the_tables_of_deit_follow_too_and_one_seed_decides_nothing(tmp_path: Path) -> None:
+    deit = get_study("deit")
+    written = {path.name: path for path in write_tables(deit, tmp_path)}
+    for name, path in written.items():
+        assert path.read_bytes() == (deit.out / "tables" / name).read_bytes(), name
+    with written["contrasts.csv"].open(newline="") as file:
+        assert {(row["seeds"], row["result"]) for row in csv.DictReader(file)} == {("1", "open")}
+
+
 def test_the_recorded_tables_follow_from_the_recorded_scores_byte_for_byte(tmp_path: Path) -> None:
     for path in write_tables(FULL, tmp_path):
         assert path.read_bytes() == (STUDY / "tables" / path.name).read_bytes(), f"run `make study-tables`: {path.name}"
