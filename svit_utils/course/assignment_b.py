@@ -367,7 +367,7 @@ _NAMES = ("q", "k", "v", "tau")
 
 
 def _qkv(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
-    """q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv], tau [H]; and d_out [B, H, N, Dv]."""
+    """q [B, H, N, d], k [B, H, M, d], v [B, H, M, Dv], tau [H]; and d_out [B, H, N, Dv]."""
     rng = np.random.default_rng(case["seed"])
     lead, n, m, d, dv = (case["b"], len(case["tau"])), case["n"], case["m"], case["d"], case["dv"]
     q = case.get("std", 1.5) * rng.standard_normal((*lead, n, d))

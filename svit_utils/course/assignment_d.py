@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from svit_utils.attention import sparse_modules, sparsify
 from svit_utils.course.judging import Mistake, array, close, compare, unchanged
 from svit_utils.course.question import Case, Question, Seen, Wrong
-from svit_utils.evaluate import paired_bootstrap, student_interval
+from svit_utils.evaluate import mean_interval, paired_bootstrap, student_interval
 from svit_utils.training import tau_factor
 
 Note = dict[str, Any]
@@ -360,6 +361,17 @@ D1 = Question(
             "lr": 0.01,
             "seed": 0,
         },
+        {
+            "what": "no ramp at all",
+            "data": 2,
+            "n": 12,
+            "tau": 0.07,
+            "ramp": 0,
+            "steps": 3,
+            "batch_size": 4,
+            "lr": 0.01,
+            "seed": 1,
+        },
     ),
     probe=_probe_arms,
     judge=_judge_arms,
@@ -380,10 +392,29 @@ D1 = Question(
 _REFERENCE = 40_000  # resamples of the interval that answers are compared with
 
 
+def _groups(case: Case) -> np.ndarray | None:
+    """The group of each image [n], or None: labels with gaps, in no order, groups of different size."""
+    if "groups" not in case:
+        return None
+    rng, m = np.random.default_rng(case["data"] + 1000), case["groups"]
+    share = np.asarray(rng.gamma(3.0, 1.0, m))
+    member = np.concatenate([np.arange(m), rng.choice(m, case["n"] - m, p=share / share.sum())])
+    return np.asarray(rng.permutation(7 * np.arange(m) + 3)[rng.permutation(member)])
+
+
 def _scores(case: Case) -> tuple[Any, Any]:
-    """a and b [n]: scores that share the images' ease; ``right``: whether answers are right; ``skew``: a long tail."""
-    rng, n = np.random.default_rng(case["data"]), case["n"]
+    """a and b [n]: scores that share the images' ease; ``right``: whether answers are right; ``skew``: a long tail.
+
+    In groups, a's advantage is the group's, and grows with its size.
+    """
+    rng, n, groups = np.random.default_rng(case["data"]), case["n"], _groups(case)
     ease = rng.normal(0, case.get("ease", 1.0), n)
+    if groups is not None:
+        _, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        case = {
+            **case,
+            "shift": case.get("shift", 0.0) + (rng.normal(0, 1, len(sizes)) + 0.7 * sizes / sizes.mean())[member],
+        }
     if case.get("right"):
         chances = (1 / (1 + np.exp(-(ease + case.get("base", 1.5) + shift))) for shift in (case.get("shift", 0.0), 0.0))
         first, second = (rng.random(n) < chance for chance in chances)
@@ -393,65 +424,104 @@ def _scores(case: Case) -> tuple[Any, Any]:
     return ease + case.get("shift", 0.0) + 0.6 * rng.standard_normal(n), ease + 0.6 * rng.standard_normal(n)
 
 
+_NO_MINUS = re.compile(r"boolean subtract|with (?:two|a) bool tensor", re.IGNORECASE)
+
+
 def _probe_paired(case: Case, paired_interval: Any) -> Seen:
     a, b = _scores(case)
+    groups = _groups(case)
+    more = () if groups is None else (groups,)
     numpy_state = np.random.get_state()  # noqa: NPY002
     seen: Seen = {}
     try:
         with torch.random.fork_rng(devices=[]):
             for key, resamples, seed, luck in (
                 ("interval", case["resamples"], case["seed"], 1),
-                ("again", case["resamples"], case["seed"], 2),
-                ("other_seed", case["resamples"], case["seed"] + 1, 1),
+                ("short", 200, case["seed"], 1),
+                ("again", 200, case["seed"], 2),
+                ("other_seed", 200, case["seed"] + 1, 1),
                 ("one", 1, case["seed"], 1),
             ):
                 torch.manual_seed(luck)
                 np.random.seed(luck)  # noqa: NPY002
-                seen[key] = paired_interval(a, b, resamples, seed)
+                seen[key] = paired_interval(a, b, resamples, seed, *more)
+    except (TypeError, RuntimeError) as error:
+        if not _NO_MINUS.search(str(error)):
+            raise
+        raise Wrong(
+            "a and b may hold True and False, which are not subtracted from one another: convert them to float first. "
+            "(`^` and logical_xor, which the error recommends, say *whether* the models differ, and not which is right)"
+        ) from error
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
-    return {**seen, "a": a, "b": b}
+    return {**seen, "a": a, "b": b, "groups": groups}
 
 
 def _pair(value: Any, what: str, names: str, count: int = 2) -> np.ndarray:
     """Plain numbers, as an array [count]."""
     if value is None:
         raise Wrong(f"{what} is None: does the function end without `return`?")
-    numbers = np.asarray(value, dtype=float).reshape(-1) if not isinstance(value, str) else np.zeros(0)
+    try:
+        numbers = np.asarray(value, dtype=float).reshape(-1) if not isinstance(value, str) else np.zeros(0)
+    except (TypeError, ValueError):
+        raise Wrong(f"{what} should be {count} numbers, {names}; not all that came are numbers") from None
     if len(numbers) != count:
         raise Wrong(f"{what} should be {count} numbers, {names}; it has {len(numbers)}")
     return numbers
 
 
-def _ends(a: np.ndarray, b: np.ndarray, confidence: float) -> np.ndarray:
-    interval = paired_bootstrap(a, b, confidence=confidence, resamples=_REFERENCE, seed=12345)
-    return np.array([interval.low, interval.high])
+def _ends(a: np.ndarray, b: np.ndarray, confidence: float, groups: np.ndarray | None = None) -> np.ndarray:
+    settings: dict[str, Any] = {"confidence": confidence, "resamples": _REFERENCE, "seed": 12345}
+    if groups is None:
+        interval = paired_bootstrap(a, b, **settings)
+        return np.array([interval.low, interval.high])
+    sums, sizes = _by_group(a - b, groups)
+    # A share q of the ratios is below t where a share q of the means of sums - t * sizes is below 0.
+    ends = [
+        optimize.brentq(
+            lambda t, end=end: getattr(mean_interval(sums - t * sizes, **settings), end),
+            (sums / sizes).min() - 1e-9,
+            (sums / sizes).max() + 1e-9,
+            xtol=1e-6,
+        )
+        for end in ("low", "high")
+    ]
+    return np.array(ends)
 
 
-def _accepted(a: np.ndarray, b: np.ndarray, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+def _by_group(d: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    same = groups == np.unique(groups)[:, None]  # [m, n]
+    return same @ d, same.sum(axis=1)
+
+
+def _accepted(a: np.ndarray, b: np.ndarray, resamples: int, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Where low and high may lie: of ``resamples`` means, the share below the 2.5 % point is itself random.
 
     Its standard error is sqrt(0.025 * 0.975 / resamples); five of them, and the reference's own, as quantiles.
     """
     share = 5 * np.sqrt(0.025 * 0.975 * (1 / resamples + 1 / _REFERENCE))
-    return _ends(a, b, 0.95 + 2 * share), _ends(a, b, 0.95 - 2 * share)
+    return _ends(a, b, 0.95 + 2 * share, groups), _ends(a, b, 0.95 - 2 * share, groups)
 
 
 def _judge_paired(case: Case, seen: Seen) -> None:
     given = _scores(case)
     for name, before in zip("ab", given, strict=True):
         unchanged(before, seen[name], name)
+    groups = _groups(case)
+    if groups is not None:
+        unchanged(groups, seen["groups"], "groups")
     a, b = (x.astype(float) for x in given)
     got = _pair(seen["interval"], "the interval", "low and high")
     n, d, resamples = len(a), a - b, case["resamples"]
-    outer, inner = _accepted(a, b, resamples)
+    outer, inner = _accepted(a, b, resamples, groups)
     slack = 1e-9
     fits = outer[0] - slack <= got[0] <= inner[0] + slack and inner[1] - slack <= got[1] <= outer[1] + slack
     if not fits:
-        raise Wrong(_why_not(got, a, b, resamples))
-    if not np.array_equal(got, _pair(seen["again"], "the interval", "low and high")):
+        raise Wrong(_why_not(got, a, b, resamples, groups))
+    short = _pair(seen["short"], "the interval", "low and high")
+    if not np.array_equal(short, _pair(seen["again"], "the interval", "low and high")):
         raise Wrong("two calls with the same seed give two intervals: draw from np.random.default_rng(seed)")
-    if not case.get("right") and np.array_equal(got, _pair(seen["other_seed"], "the interval", "low and high")):
+    if not case.get("right") and np.array_equal(short, _pair(seen["other_seed"], "the interval", "low and high")):
         raise Wrong("another seed gives the same interval to the last digit: are `seed`, and chance, used at all?")
     one = _pair(seen["one"], "the interval of one resample", "low and high")
     if not close(one[0], one[1], 1e-9, 1e-12):
@@ -466,15 +536,15 @@ def _judge_paired(case: Case, seen: Seen) -> None:
         )
 
 
-def _why_not(got: np.ndarray, a: np.ndarray, b: np.ndarray, resamples: int) -> str:
+def _why_not(got: np.ndarray, a: np.ndarray, b: np.ndarray, resamples: int, groups: np.ndarray | None) -> str:
     """The mistake whose interval lies nearest to ``got``, near enough to be named."""
     d, n = a - b, len(a)
     mean, error = float(d.mean()), float(d.std() / np.sqrt(n))
     sides = np.array([-1.0, 1.0])
-    right, z = _ends(a, b, 0.95), stats.norm.ppf(0.975)
+    right, z = _ends(a, b, 0.95, groups), stats.norm.ppf(0.975)
     apart = float(np.sqrt((a.var() + b.var()) / n))
     if np.isnan(got).any():
-        return "the interval is NaN"
+        return "the interval is NaN" + ("" if groups is None else ": the labels of the groups may be any whole numbers")
     if got[0] > got[1]:
         return "the first number should be the lower end, the second the upper one"
     if np.ptp(got) < 1e-12:
@@ -508,6 +578,12 @@ def _why_not(got: np.ndarray, a: np.ndarray, b: np.ndarray, resamples: int) -> s
         (a.mean() + z * a.std() / np.sqrt(n) * sides, f"that is the interval of a alone: resample a - b, {paired}"),
         (b.mean() + z * b.std() / np.sqrt(n) * sides, f"that is the interval of b alone: resample a - b, {paired}"),
         (-right[::-1], "that is the interval of b - a: the question asks for a - b"),
+        (
+            _ends(np.abs(d), np.zeros(n), 0.95),
+            "that is the interval of |a - b|, which says whether the models differ and not which is better: keep the "
+            "sign (of right and wrong, as floats, 1 - 0 = 1 and 0 - 1 = -1; `^` loses it)",
+        ),
+        (100 * right, "a hundred times too large: return a - b itself; percentage points are for the plot"),
         (right - mean, "the interval lies around 0: the mean of a - b is not taken off"),
         (
             mean + z * error * np.sqrt(n / resamples) * sides,
@@ -515,15 +591,68 @@ def _why_not(got: np.ndarray, a: np.ndarray, b: np.ndarray, resamples: int) -> s
             "many as there are; `resamples` says how often",
         ),
     ]
+    if groups is not None:  # the cases before this one have none, and look for the mistakes above
+        candidates = _group_mistakes(a, b, groups)
     scale = [np.abs(got - candidate).max() / np.ptp(candidate) for candidate, _ in candidates]
     nearest = int(np.argmin(scale))
     if scale[nearest] < 0.06:
         return candidates[nearest][1]
+    if mean - 8 * np.ptp(right) < got[0] <= got[1] < right[0]:
+        return (
+            f"[{got[0]:.4g}, {got[1]:.4g}] lies below the lower end of the right interval, {right[0]:.4g}, as a whole: "
+            "np.percentile counts in per cent, 2.5 and 97.5; 0.025 and 0.975 are for np.quantile"
+        )
     return (
         f"the interval is [{got[0]:.4g}, {got[1]:.4g}] and should be [{right[0]:.4g}, {right[1]:.4g}], give or "
         "take what "
         f"{resamples} resamples leave to chance"
     )
+
+
+def _group_mistakes(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> list[Mistake]:
+    d, n = a - b, len(a)
+    sums, sizes = _by_group(d, groups)
+    m, mean = len(sums), d.mean()
+    alone = mean_interval(sums / sizes)
+    fixed = mean_interval(sums * m / n)
+    spread = [d[groups == g].std() for g in np.unique(groups)]
+    error = float(np.sqrt(np.square(sums - mean * sizes).sum())) / n  # of a ratio, to first order
+    normal = stats.norm.ppf(0.975) * np.array([-1.0, 1.0])
+    there = (
+        np.random.default_rng(1).random((20_000, m)) < 1 - (1 - 1 / m) ** m
+    )  # each with the chance to be drawn at all
+    some = there[there.any(axis=1)]
+    once = np.quantile((some @ sums) / (some @ sizes), [0.025, 0.975])
+    within = float(np.sqrt((sizes * np.square(spread)).sum())) / n
+    return [
+        (
+            _ends(a, b, 0.95),
+            "that is the interval for images drawn one by one: `groups` is not used. Images of a group stay together; "
+            "draw groups, and each brings all its images",
+        ),
+        (
+            np.array([alone.low, alone.high]),
+            "a small group counts as much as a large one: take the mean over all the *images* that were drawn, not the "
+            "mean of the groups' means",
+        ),
+        (
+            np.array([fixed.low, fixed.high]),
+            f"the sum over the drawn images is divided by n = {n} each time: divide by how many images were drawn, "
+            "which changes from resample to resample",
+        ),
+        (
+            once,
+            "a group that is drawn twice counts once (a set, or `in`, forgets how often): it brings its images twice",
+        ),
+        (
+            mean + normal * within,
+            "images are drawn within each group, so every group is always there: the groups themselves are drawn",
+        ),
+        (
+            mean + normal * error * np.sqrt(m / n),
+            f"each resample draws n = {n} groups: draw as many groups as there are, m = {m}",
+        ),
+    ]
 
 
 D2 = Question(
@@ -538,7 +667,7 @@ D2 = Question(
             "right": True,
             "ease": 3.0,
             "shift": -0.8,
-            "resamples": 4000,
+            "resamples": 2000,
             "seed": 5,
         },
         {
@@ -549,18 +678,20 @@ D2 = Question(
             "resamples": 10000,
             "seed": 1,
         },
+        {"what": "150 images in 24 groups", "data": 7, "n": 150, "groups": 24, "resamples": 4000, "seed": 2},
     ),
     probe=_probe_paired,
     judge=_judge_paired,
     hints=(
-        "Which images does a resample hold? Draw indices, n of n with replacement, and look both models' answers up.",
+        "Which images does a resample hold? Draw indices, n of n with replacement, and look both models' answers up. "
+        "In groups, what is drawn is a group.",
         "Take the difference of each image first, d = a - b as floats (bool cannot be subtracted). Then a resample is "
         "d[indices].mean(), and pairing comes by itself.",
-        "np.random.default_rng(seed).integers(0, n, (resamples, n)) are all the indices; "
-        "d[indices].mean(axis=1) is one "
-        "mean for each resample; np.quantile(means, [0.025, 0.975]) is the answer.",
+        "np.random.default_rng(seed).integers(0, n, (resamples, n)) are all the indices; d[indices].mean(axis=1) is "
+        "one mean for each resample; np.quantile(means, [0.025, 0.975]) is the answer. With groups: the sum and the "
+        "size of each group first, then draw m of m groups, and divide the sum of the drawn sums by that of the sizes.",
     ),
-    section="chapter 4, section 4.1",
+    section="chapter 4, section 4.1 (the groups are this question's own)",
 )
 
 # ------------------------------------------------------------------------------------------ d3: over the seeds
@@ -689,7 +820,10 @@ def _judge_choice(case: Case, seen: Seen) -> None:
     for name, table in (("validation", validation), ("test", test)):
         if not _same_lists(seen[name], list(table.values())):
             raise Wrong(f"it changed its input {name} in place: the caller still needs it")
-    got = _pair(seen["choice"], "the result", "the chosen tau and what it reports", 2)
+    choice = seen["choice"]
+    if isinstance(choice, list) and len(choice) == 2 and isinstance(choice[1], list | np.ndarray):
+        raise Wrong("the second value is a list, one accuracy per seed: return its mean, one number")
+    got = _pair(choice, "the result", "the chosen tau and what it reports", 2)
     taus = np.array(list(validation))
     on_val, on_test = (np.array([np.mean(table[tau]) for tau in taus]) for table in (validation, test))
     single, best = (np.array([max(table[tau]) for tau in taus]) for table in (validation, test))
@@ -751,6 +885,7 @@ D4 = Question(
                 [0.01, [0.895, 0.981, 0.890], [0.890, 0.921, 0.912]],
             ],
         },
+        {"what": "a tie on validation", "rows": [[0.01, [0.75, 0.5], [0.5, 0.5]], [0.005, [0.5, 0.75], [0.5, 0.75]]]},
     ),
     probe=_probe_choice,
     judge=_judge_choice,
