@@ -115,10 +115,10 @@ course: $(STAMP) ## build the coursework into build/course/ (REPO=owner/name: wh
 	PYTHONPATH=tools $(PY) -m coursework.build $(if $(REPO),--repository $(REPO))
 
 .PHONY: grade
-grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder (ASSIGNMENT=b SECONDS=20 TOTAL=300 MEMORY=2)
+grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder (ASSIGNMENT=b SECONDS=20 CELL=60 TOTAL=300 MEMORY=2)
 	@test -n "$(SUBMISSIONS)" || { echo "make grade SUBMISSIONS=folder, with a folder per student in it; see notebooks/assignments/lecturer.md" >&2; exit 2; }
 	PYTHONPATH=tools $(PY) -m coursework.grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
-	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY))
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CELL),--cell $(CELL)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY))
 
 .PHONY: test-course
 test-course: $(STAMP) ## only the coursework's tests: planted answers, grading, nbgrader

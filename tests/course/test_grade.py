@@ -97,7 +97,9 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     submission(folder, "lou", answers("a4", "import torch\nwhile True: pass"))
     (folder / "max").mkdir()
     (folder / "max" / MASTER.name).write_text("{ not a notebook")
-    done = grade.main([str(folder), "--out", str(out), "--jobs", "1", "--seconds", "8", "--memory", "1.5"])
+    done = grade.main(
+        [str(folder), "--out", str(out), "--jobs", "1", "--seconds", "8", "--cell", "15", "--memory", "1.5"]
+    )
     assert done == 0
     return folder, out
 

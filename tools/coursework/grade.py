@@ -483,26 +483,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=nbtools.ROOT / "build" / "grades", help="default: build/grades")
     parser.add_argument("--assignment", help="only this one, for example b")
     parser.add_argument("--jobs", type=int, default=2, help="submissions at a time (default: 2)")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=Limits.seconds,
-        help="of a test; a cell gets 60 at least (default: %(default)g)",
-    )
+    parser.add_argument("--seconds", type=float, default=Limits.seconds, help="of a test (default: %(default)g)")
+    parser.add_argument("--cell", type=float, default=Limits.cell, help="seconds of a cell (default: %(default)g)")
     parser.add_argument(
         "--total", type=float, default=Limits.total, help="seconds of a submission (default: %(default)g)"
     )
     parser.add_argument("--memory", type=float, default=2.0, help="GiB of resident memory (default: %(default)g)")
     options = parser.parse_args(argv)
-    if min(options.jobs, options.seconds, options.total, options.memory) <= 0:
-        parser.error("jobs, seconds, total and memory must be positive")
+    if min(options.jobs, options.seconds, options.cell, options.total, options.memory) <= 0:
+        parser.error("jobs, seconds, cell, total and memory must be positive")
     try:
         marks_by_hand(options.out / "by_hand.csv")  # before an hour of grading, not after
         found, strange = submissions(options.submissions, options.assignment)
     except (ValueError, LookupError) as error:
         print(f"make grade: {error}", file=sys.stderr)
         return 2
-    bounds = Limits(options.seconds, max(60.0, options.seconds), options.total, int(options.memory * 2**30))
+    bounds = Limits(options.seconds, options.cell, options.total, int(options.memory * 2**30))
     print(f"{len(found)} submissions; each: {bounds.seconds:g} s a test, {options.memory:g} GiB; {limits.in_words()}")
     for line in strange:
         print(f"  left out: {line}" if "graded is" not in line else f"  {line}")
