@@ -288,6 +288,17 @@ A4 = Question(
     cases=(
         {"what": "one image, two heads", "seed": 5, "lead": [1, 2], "n": 4, "m": 4, "d": 3, "dv": 3, "tau": 0.1},
         {"what": "a batch of two", "seed": 6, "lead": [2, 3], "n": 5, "m": 7, "d": 4, "dv": 2, "tau": 0.05},
+        {
+            "what": "one query that loses every key",
+            "seed": 7,
+            "lead": [1, 2],
+            "n": 3,
+            "m": 6,
+            "d": 3,
+            "dv": 3,
+            "tau": 0.2,
+            "flat": True,
+        },
     ),
     probe=_probe_torch,
     judge=_judge_torch,

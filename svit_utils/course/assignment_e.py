@@ -379,10 +379,11 @@ E2 = Question(
     hints=(
         "tap: a forward hook on model.blocks[-1].norm1 sees the tokens; torch.autograd.grad(score, tokens) gives their "
         "gradient. token_grad_cam: leave out the prefix of both tensors first.",
-        "The score is one number: model(x).gather(1, targets[:, None]).sum(). The weights alpha have the shape "
-        "[B, 1, C]: a mean over dim=1, the patch tokens. The map sums over dim=-1.",
+        "The gradient is of one number: the logit of each picture's class, summed over the pictures. The weights alpha "
+        "have the shape [B, 1, C]: a mean over dim=1, the patch tokens. The map sums over dim=-1.",
         "kept = []; handle = layer.register_forward_hook(lambda module, args, out: kept.append(out)); run the model; "
-        "handle.remove(). Then alpha = gradient[:, prefix:].mean(dim=1, keepdim=True), and at the end .relu() and "
+        "handle.remove(); score = model(x).gather(1, targets[:, None]).sum(). Then alpha = "
+        "gradient[:, prefix:].mean(dim=1, keepdim=True), and at the end .relu() and "
         ".unflatten(1, grid).",
     ),
     section='chapter 5, section "Grad-CAM on tokens", with its two traps',
@@ -543,9 +544,10 @@ E3 = Question(
     hints=(
         "Bring the maps to the masks' size, then flatten both to [B, H*W] and work along dim=1: no loop is needed.",
         "Energy: clamp at 0; the sum on the object over the sum of all; where nothing is positive, put ones. Pointing: "
-        "top = values == values.amax(dim=1, keepdim=True) marks *all* tied maxima.",
+        "compare every value with its row's largest, so that *all* tied maxima are marked, and count them.",
         "Energy: blank = positive.amax(dim=1, keepdim=True) == 0, positive = torch.where(blank, 1.0, positive), then "
-        "(positive * inside).sum(1) / positive.sum(1). Pointing: (top & inside).sum(1) / top.sum(1).",
+        "(positive * inside).sum(1) / positive.sum(1). Pointing: top = values == values.amax(dim=1, keepdim=True), "
+        "(top & inside).sum(1) / top.sum(1).",
     ),
     section='chapter 5, section "Scoring maps against the mask", and chapter 7, section 4',
 )
@@ -691,9 +693,10 @@ E4 = Question(
     judge=_judge_drawn,
     hints=(
         "drawn_through is the operator without its softmax: the rows are probabilities already.",
-        "r = (weights - tau).relu(), divided by its sum over dim=-1; where that sum is 0 the row stays. attention_map: "
-        "query 0, then cut, then the mean over heads, and the prefix last.",
-        "torch.where(z > 0, r / z.clamp_min(1e-12), weights). Then rows = weights[:, :, 0]; if tau is not None: rows = "
+        "Subtract, clip at 0, divide by the row's sum; where that sum is 0 the row stays. attention_map: which comes "
+        "first, the cut, the mean over heads, or leaving out the prefix? What does the operator see?",
+        "r = (weights - tau).relu(), z its row sum; torch.where(z > 0, r / z.clamp_min(1e-12), weights). Then "
+        "rows = weights[:, :, 0]; if tau is not None: rows = "
         "drawn_through(rows, tau); rows.mean(dim=1)[:, prefix:].",
     ),
     section='chapter 7, section 5, and chapter 5, section "Attention per head, dense beside sparse"',

@@ -106,5 +106,5 @@ def provenance_line(rows: list[Row]) -> str:
     return (
         f'Sparse arms: `empty_rows="{modes}"`. Recorded {values("date")} on {values("device")} with torch '
         f"{values('torch')}, timm {values('timm')}; commits {', '.join(sorted(commits))}; "
-        "intervals: 95 %, paired bootstrap over the test images."
+        "intervals: 95 %, paired bootstrap over the test images; differences are rounded after subtracting."
     )

@@ -159,7 +159,7 @@ def attention_torch(q, k, v, tau):
     Planted(
         "where differentiates 0/0",
         "a4",
-        "hidden",
+        "visible",
         "torch.where chooses the value",
         """
 def attention_torch(q, k, v, tau):
@@ -173,7 +173,7 @@ def attention_torch(q, k, v, tau):
     Planted(
         "one empty row sends all rows back",
         "a4",
-        "hidden",
+        "visible",
         "decide for each row",
         """
 def attention_torch(q, k, v, tau):
