@@ -52,8 +52,8 @@ def study_sentence(folder: Path) -> str:
         f"{judged['seeds'].max()} seeds, {judged['images'].max():,} test pictures; differences with the wider of two "
         "95 % intervals (crossed bootstrap over seeds and pictures, Student's t over seeds). *higher*, *lower*, *open*:"
         f" after Holm's correction for the family's {len(judged)} comparisons, which can leave open "
-        "what an interval alone excludes. *displayed*: the dense model's map drawn through the threshold. The plan, with "
-        "all families: [results/study/PLAN.md](results/study/PLAN.md). "
+        "what an interval alone excludes. *displayed*: the dense model's map drawn through the threshold. The plan, "
+        "with all families: [results/study/PLAN.md](results/study/PLAN.md). "
         f"Recorded {values('date')} on {values('device')} with torch {values('torch')}, timm {values('timm')}; "
         f"commits {values('commit')}."
     )
