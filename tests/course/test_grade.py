@@ -104,6 +104,42 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, out
 
 
+@pytest.fixture(scope="module")
+def whole_course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The grades of one who solved everything and of one who touched nothing."""
+    folder, out = tmp_path_factory.mktemp("course"), tmp_path_factory.mktemp("course-grades")
+    for path in m.masters():
+        notebook = nbtools.read(path)
+        for cell in notebook.cells:
+            cell.source = m.without(cell.source, m.BEGIN_HIDDEN, m.END_HIDDEN)
+        for student in ("solver", "stub"):
+            (folder / student).mkdir(exist_ok=True)
+            nbtools.write(notebook, folder / student / path.name)
+            for cell in notebook.cells:
+                stub = "# YOUR CODE HERE\nraise NotImplementedError()"
+                cell.source = m.without(cell.source, m.BEGIN_SOLUTION, m.END_SOLUTION, stub)
+    assert grade.main([str(folder), "--out", str(out), "--jobs", "1", "--seconds", "60"]) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_solutions_get_every_mark_and_stubs_none(whole_course: Path) -> None:
+    totals = {(row["student"], row["assignment"]): row["by_tests"] for row in rows(whole_course / "totals.csv")}
+    for path in m.masters():
+        best = sum(cell.points for cell in m.read_cells(path) if cell.part in ("visible", "hidden"))
+        assert totals["solver", path.stem] == f"{best:g}"
+        assert totals["stub", path.stem] == "0"
+    untouched = [
+        row for row in rows(whole_course / "marks.csv") if row["student"] == "stub" and row["test"] != "by hand"
+    ]
+    assert {row["status"] for row in untouched} == {"wrong"}
+    assert all("not written yet" in row["message"] for row in untouched)
+    # Every plot of the solutions was drawn inside the sandbox.
+    pages = list((whole_course / "feedback" / "solver").glob("*.html"))
+    assert len(pages) == len(m.masters())
+    assert all("data:image/png;base64," in page.read_text(encoding="utf-8") for page in pages)
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

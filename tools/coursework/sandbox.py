@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -186,8 +187,16 @@ class Sandbox:
             with contextlib.suppress(queue.Empty):
                 return self._answer(self._lines.get(timeout=_TICK))
             self._watch()
+            if self._is_over():
+                with contextlib.suppress(queue.Empty):
+                    return self._answer(self._lines.get(timeout=_TICK))
+                return self._answer(b"")  # what it has left running may still hold the channel open
             if time.monotonic() > until:
                 self._end("time", f"stopped after {seconds:g} seconds: an endless loop, or far too slow?")
+
+    def _is_over(self) -> bool:
+        """Whether the waiting process has said that the one it forked has ended."""
+        return self._control is not None and bool(select.select([self._control], [], [], 0)[0])
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         if not line:
