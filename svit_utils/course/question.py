@@ -86,13 +86,17 @@ def question(name: str) -> Question:
 
 
 def ask(asked: Question, answers: Sequence[Any], case: Case) -> Seen:
-    """The first half: run the answer on one case. What it raises comes out as `Wrong`, put into words."""
+    """The first half: run the answer on one case. What it raises comes out as `Wrong`, put into words.
+
+    Raises:
+        Wrong: with the case in words before the sentence, as from `decide`.
+    """
     try:
         return {key: plain(value) for key, value in asked.probe(case, *answers).items()}
-    except Wrong:
-        raise
+    except Wrong as wrong:
+        raise Wrong(f"{asked.name}, {case['what']}: {wrong}") from None
     except Exception as error:
-        raise Wrong(in_words(error, asked.answers)) from error
+        raise Wrong(f"{asked.name}, {case['what']}: {in_words(error, asked.answers)}") from error
 
 
 def decide(asked: Question, case: Case, seen: Seen) -> None:
@@ -130,11 +134,7 @@ def check(name: str, *answers: Any, cases: Sequence[Case] | None = None) -> None
         raise ValueError(f"check({name!r}, ...) takes {', '.join(asked.answers)}, got {len(answers)} answers")
     chosen = asked.cases if cases is None else tuple(cases)
     for case in chosen:
-        try:
-            seen = ask(asked, answers, case)
-        except Wrong as wrong:
-            raise Wrong(f"{name}, {case['what']}: {wrong}") from wrong.__cause__
-        decide(asked, case, seen)
+        decide(asked, case, ask(asked, answers, case))
     more = " When it is graded, hidden cases are added: other numbers, shapes and corners." if cases is None else ""
     print(f"{name}: {len(chosen)} of {len(chosen)} cases hold.{more}")
 

@@ -344,4 +344,4 @@ def test_no_network_where_the_system_can_take_it_away() -> None:
 
 
 def test_only_the_open_project_may_use_the_library() -> None:
-    assert [path.stem[0] for path in m.masters() if m.library_allowed(path)] == ["f"]
+    assert [path.stem[0] for path in m.masters() if m.library_allowed(nbtools.read(path))] == ["f"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import nbtools
+from coursework.build import build_wheel
 from nbtools import ROOT
 
 
@@ -18,11 +19,7 @@ from nbtools import ROOT
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    [built] = folder.glob("*.whl")
-    return built
+    return folder / build_wheel(folder)
 
 
 @pytest.fixture(scope="module")

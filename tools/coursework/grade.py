@@ -30,6 +30,7 @@ from coursework.masters import Cell
 from coursework.sandbox import Ended, Limits, Sandbox, close_all
 from svit_utils.course import Question, Wrong, questions
 from svit_utils.course.question import decide
+from svit_utils.experiments.run import write_rows
 
 COLUMNS = ("student", "assignment", "question", "test", "marks", "out_of", "status", "message")
 BY_HAND = ("student", "assignment", "question", "marks", "out_of", "comment")
@@ -74,7 +75,7 @@ class Graded:
 
 
 def submissions(folder: Path, only: str | None = None) -> tuple[list[Submission], list[str]]:
-    """The submissions in the folder, and a sentence for each notebook that is none.
+    """The submissions in the folder, and a sentence for each notebook that is left out.
 
     Raises:
         ValueError: no such folder, or nothing in it that could be graded.
@@ -90,7 +91,7 @@ def submissions(folder: Path, only: str | None = None) -> tuple[list[Submission]
         stem = next((stem for stem in stems if path.stem.endswith(stem)), None)
         student = parts[0] if len(parts) > 1 else path.stem[: -len(stem)].rstrip("_- ") if stem else ""
         if stem is None or not student:
-            strange.append(f"{path.relative_to(folder)}: not the name of an assignment that was handed out")
+            strange.append(f"left out: {path.relative_to(folder)}: not the name of an assignment that was handed out")
         elif stem in wanted:
             found.append(Submission(student, stem, path))
     for place, several in _by_student(found).items():
@@ -165,7 +166,8 @@ def borrows(source: str) -> bool:
 def grade(submission: Submission, bounds: Limits, secret: Sequence[Path] = ()) -> Graded:
     """Run a submission and judge it. Whatever it does ends as marks and messages."""
     graded = Graded(submission)
-    original = masters.read_cells(masters.master(submission.assignment))
+    notebook = nbtools.read(masters.master(submission.assignment))
+    original = masters.cells(notebook)
     asked = {q.name: q for q in questions(submission.assignment[0])}
     mine: list[Cell] = []
     try:
@@ -174,14 +176,13 @@ def grade(submission: Submission, bounds: Limits, secret: Sequence[Path] = ()) -
         mine = masters.read_cells(submission.path)
     except Exception as error:  # whatever a broken file makes nbformat raise
         graded.notes.append(f"the notebook cannot be read ({type(error).__name__}: {str(error)[:200]})")
-    ids = {cell.id for cell in mine}
     theirs = {cell.id for cell in original if cell.part in ("answer", "plot", "written")}
     graded.sources = {cell.id: cell.source for cell in mine if cell.id in theirs}
-    run = _Run(graded, asked, ids, plan(mine, original) if mine else [], bounds, [masters.ASSIGNMENTS, *secret])
-    try:
+    # Decided by the master alone: whether an answer that names the library is refused.
+    strict = not masters.library_allowed(notebook)
+    with Sandbox(bounds, [masters.ASSIGNMENTS, *secret], submission.assignment[0]) as sandbox:
+        run = _Run(graded, asked, plan(mine, original) if mine else [], sandbox, strict)
         run.all([cell for cell in original if cell.part in ("visible", "hidden")])
-    finally:
-        run.close()
     for cell in original:
         if cell.part in ("plot", "written"):
             if cell.id in graded.sources:
@@ -208,19 +209,16 @@ class _Run:
         self,
         graded: Graded,
         asked: dict[str, Question],
-        ids: set[str],
         cells: Sequence[Cell],
-        bounds: Limits,
-        secret: Sequence[Path],
+        sandbox: Sandbox,
+        strict: bool,
     ) -> None:
-        self.graded, self.asked, self.ids, self.bounds, self.secret = graded, asked, ids, bounds, secret
+        self.graded, self.asked, self.sandbox, self.bounds = graded, asked, sandbox, sandbox.bounds
         self.cells, self.failed = list(cells), {}  # type: list[Cell], dict[str, tuple[str, str]]
-        self.sandbox = Sandbox(bounds, secret, graded.submission.assignment[0])
-        self.until = time.monotonic() + bounds.total
+        self.until = time.monotonic() + self.bounds.total
         for cell in cells:
             if len(cell.source) > LONGEST:
                 self.note(cell, "refused", f"it has more than {LONGEST:,} characters")
-        strict = not masters.library_allowed(masters.master(graded.submission.assignment))
         for cell in cells:
             if strict and cell.part in ("answer", "own") and cell.id not in self.failed and borrows(cell.source):
                 sentence = "it names svit_utils: the answer is to be written, not imported"
@@ -265,24 +263,22 @@ class _Run:
             refused = answer.get("refused")
             if missing := answer.get("missing"):
                 return self.missing(about, [str(name) for name in missing], answer.get("defined"), said)
-            problem = answer.get("wrong") or answer.get("error")
-            if problem is None:
-                try:
-                    decide(about, case, dict(answer.get("seen") or {}))
-                except Wrong as wrong:
-                    problem = str(wrong)
-            else:
-                problem = f"{about.name}, {case['what']}: {problem}"
             if refused:
                 return "refused", f"{about.name}, {case['what']}: {refused}"
-            if problem:
-                return "wrong", str(problem)
+            if error := answer.get("error"):
+                return "wrong", f"{about.name}, {case['what']}: {error}"
+            if wrong := answer.get("wrong"):
+                return "wrong", wrong
+            try:
+                decide(about, case, answer.get("seen") or {})
+            except Wrong as judged:
+                return "wrong", str(judged)
         return "ok", ""
 
     def missing(self, about: Question, names: list[str], defined: Any, said: str) -> tuple[str, str]:
         if said:
             return "wrong", said
-        if about.name not in self.ids:
+        if about.name not in self.graded.sources:
             where = f"the cell {about.name} is not there: was it deleted?"
         else:
             where = "was it renamed?"
@@ -330,9 +326,6 @@ class _Run:
         self.failed[cell.id] = (status, f"cell {cell.id}: {message}")
         if cell.part != "answer":
             self.graded.notes.append(f"cell {cell.id}: {message}")
-
-    def close(self) -> None:
-        self.sandbox.close()
 
 
 def _pngs(folder: Path, names: Any) -> Iterator[bytes]:
@@ -469,12 +462,7 @@ def _writable(text: str) -> str:
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _harmless(str(value)) for key, value in row.items()} for row in rows)
-    temporary.replace(path)
+    write_rows(path, columns, ({name: _harmless(str(row.get(name, ""))) for name in columns} for row in rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -501,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bounds = Limits(options.seconds, options.cell, options.total, int(options.memory * 2**30))
     print(f"{len(found)} submissions; each: {bounds.seconds:g} s a test, {options.memory:g} GiB; {limits.in_words()}")
     for line in strange:
-        print(f"  left out: {line}" if "graded is" not in line else f"  {line}")
+        print(f"  {line}")
     secret = [options.submissions.resolve(), nbtools.ROOT / "tests", nbtools.ROOT / "build", nbtools.ROOT / "tools"]
 
     def one(submission: Submission) -> Graded:
@@ -527,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
     write_reports(everything, options.out)
     print(f"Marks: {options.out}/marks.csv and totals.csv. By hand: by_hand.csv. Feedback: {options.out}/feedback/")
-    return 1 if any("not graded" in note for graded in everything for note in graded.notes) else 0
+    return 1 if any(mark.status == "not graded" for graded in everything for mark in graded.marks) else 0
 
 
 if __name__ == "__main__":

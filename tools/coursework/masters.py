@@ -92,9 +92,9 @@ def cells(notebook: Any) -> list[Cell]:
     return found
 
 
-def library_allowed(path: Path) -> bool:
+def library_allowed(notebook: Any) -> bool:
     """Whether answers may import from `svit_utils` what they were not handed: an open project's master says so."""
-    return bool(nbtools.read(path).metadata.get("svit", {}).get("library") == "allowed")
+    return bool(notebook.metadata.get("svit", {}).get("library") == "allowed")
 
 
 def read_cells(path: Path) -> list[Cell]:
