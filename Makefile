@@ -96,11 +96,11 @@ results: $(STAMP) ## write the results in README.md from results/
 
 .PHONY: study
 study: $(STAMP) ## the referee's study, or what is missing of it (hours; PROFILE=smoke: two minutes, into build/study-smoke)
-	$(ONE_THREAD) $(PY) -m svit_utils study --profile $(or $(PROFILE),full) --jobs $(JOBS)
+	$(ONE_THREAD) $(PY) -m research study --profile $(or $(PROFILE),full) --jobs $(JOBS)
 
 .PHONY: study-tables
 study-tables: $(STAMP) ## write the study's tables anew from its recorded scores
-	$(ONE_THREAD) $(PY) -m svit_utils study --tables
+	$(ONE_THREAD) $(PY) -m research study --tables
 
 .PHONY: bench
 bench: $(STAMP) ## measure what the cut costs (about half an hour; nothing else should run), write results/bench/
@@ -112,12 +112,12 @@ check-results: $(STAMP) ## rerun one row of each results file at small size and 
 
 .PHONY: course
 course: $(STAMP) ## build the coursework into build/course/ (REPO=owner/name: where student/ will be pushed to)
-	PYTHONPATH=tools $(PY) -m coursework.build $(if $(REPO),--repository $(REPO))
+	PYTHONPATH=tools $(PY) -m svit_course.build $(if $(REPO),--repository $(REPO))
 
 .PHONY: grade
 grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder (ASSIGNMENT=b SECONDS=20 CELL=60 TOTAL=300 MEMORY=2)
 	@test -n "$(SUBMISSIONS)" || { echo "make grade SUBMISSIONS=folder, with a folder per student in it; see notebooks/assignments/lecturer.md" >&2; exit 2; }
-	PYTHONPATH=tools $(PY) -m coursework.grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
+	$(PY) -m svit_course.grading.grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
 	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CELL),--cell $(CELL)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY))
 
 .PHONY: test-course
@@ -127,7 +127,7 @@ test-course: $(STAMP) ## only the coursework's tests: planted answers, grading, 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy and the notebook lint
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check svit_utils tests tools benchmarks conftest.py
+	$(PY) -m ruff format --check svit_utils svit_course research tests tools benchmarks conftest.py
 	$(PY) -m mypy
 	$(PY) tools/lint_notebooks.py notebooks/*.ipynb notebooks/assignments/*.ipynb
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m svit_utils doctor | train | evaluate | experiment | study | explain``.
+"""The command line: ``python -m svit_utils doctor | train | evaluate | explain``.
 
 Each command's module is imported only when that command, or its help, is asked for, so that ``doctor`` runs where the
 other commands' libraries cannot be imported.
@@ -15,8 +15,6 @@ COMMANDS = {
     "doctor": "versions, device, data and weights found, and what to do about what is wrong",
     "train": "train or fine-tune a model, dense or sparse",
     "evaluate": "accuracy and sparsity of a checkpoint",
-    "experiment": "run a recorded experiment, or what is missing of it (results/)",
-    "study": "run the referee's study, or what is missing of it (results/study/)",
     "explain": "attention maps, rollout and Grad-CAM of a checkpoint, exported as files",
 }
 
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
     options = parser.parse_args(arguments)
     if module is None:
-        from svit_utils import doctor
+        from svit_utils.cli import doctor
 
         return doctor.run()
     return int(module.run(options))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from svit_utils.experiments.check import check_design
-from svit_utils.experiments.designs import DESIGNS
+from research.arms import DESIGNS
+from research.check import check_design
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from svit_utils.experiments import DESIGNS, run_design
+from research import DESIGNS, run_design
 
 
 def main(argv: list[str] | None = None) -> int:

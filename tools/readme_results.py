@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from svit_utils.experiments.run import recorded
-from svit_utils.experiments.summary import deit_table, planted_table, provenance_line, vit56_table
+from research.study.summary import study_sentence, study_table
+from research.summary import deit_table, planted_table, provenance_line, vit56_table
+from svit_utils.files import read_rows
 from svit_utils.paths import results_dir
-from svit_utils.study.summary import study_sentence, study_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -29,7 +29,7 @@ def block(folder: Path) -> str:
         ("CIFAR-10 at 56 px, the small ViT from scratch", "vit56_cifar10", vit56_table),
     ):
         lines = table(folder)
-        source = [r for f in sorted(folder.glob(f"{name}*.csv")) if "_correct" not in f.name for r in recorded(f)]
+        source = [r for f in sorted(folder.glob(f"{name}*.csv")) if "_correct" not in f.name for r in read_rows(f)]
         source = [row for row in source if row["size"] == "full"]
         parts.append(f"**{title}**\n")
         parts.append("\n".join(lines) + "\n" if lines else "Not run yet.\n")
@@ -38,7 +38,7 @@ def block(folder: Path) -> str:
     lines = study_table(folder)
     parts.append("**The referee: do the maps lie more on the object?** (PlantedShapes, N = 197, rho = 0)\n")
     parts.extend(["\n".join(lines) + "\n", study_sentence(folder) + "\n"] if lines else ["Not run yet.\n"])
-    tried = [row for row in recorded(folder / "vit_base_smoke.csv") if row["size"] == "full"]
+    tried = [row for row in read_rows(folder / "vit_base_smoke.csv") if row["size"] == "full"]
     smoke = (
         f", and only tried at smoke size: {tried[0]['steps']} steps from random weights run to their end"
         if tried
@@ -53,7 +53,7 @@ def block(folder: Path) -> str:
 
 def cost(folder: Path) -> str:
     """Time over that of fused dense attention, in Markdown, from ``bench/attention.csv`` and ``bench/vit.csv``."""
-    rows = recorded(folder / "bench" / "attention.csv")
+    rows = read_rows(folder / "bench" / "attention.csv")
     if not rows:
         return "Not measured yet.\n"
     threads = min(int(row["threads"]) for row in rows)
@@ -73,7 +73,7 @@ def cost(folder: Path) -> str:
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     steps = {
         (row["model"], row["img_size"], row["what"]): float(row["ratio_to_dense"])
-        for row in recorded(folder / "bench" / "vit.csv")
+        for row in read_rows(folder / "bench" / "vit.csv")
         if row["variant"] == "sparse"
     }
     models = [f"{m.split('_patch')[0]} at {size} px, {what}: {r:.2f}" for (m, size, what), r in steps.items()]

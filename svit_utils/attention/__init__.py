@@ -1,6 +1,6 @@
 """Thresholded attention: the operator, its thresholds, the timm modules, the surgery that puts them in, the tracker."""
 
-from svit_utils.attention.alternatives import ALTERNATIVES, AlternativeAttention, use_alternative
+from svit_utils.attention.formula import AttentionRecord, thresholded_softmax
 from svit_utils.attention.functional import (
     attention_record,
     attention_rows,
@@ -9,7 +9,7 @@ from svit_utils.attention.functional import (
     thresholded_attention,
 )
 from svit_utils.attention.module import SparseAttention, SparseAttentionMixin, SparseAttentionRope, SparseEvaAttention
-from svit_utils.attention.reference import AttentionRecord, thresholded_softmax
+from svit_utils.attention.normalisers import ALTERNATIVES, AlternativeAttention, use_alternative
 from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.surgery import (
     LayerReport,

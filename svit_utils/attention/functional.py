@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from svit_utils.attention.reference import AttentionRecord, allowed_keys, reference_record, statistics_dtype
+from svit_utils.attention.backends.tiled import tiled_out
+from svit_utils.attention.backends.triton import DTYPES, WIDEST, triton_out, unavailable
+from svit_utils.attention.formula import AttentionRecord, allowed_keys, reference_record, statistics_dtype
 from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, resolve_threshold
-from svit_utils.attention.tiled import tiled_out
-from svit_utils.attention.triton_backend import DTYPES, WIDEST, triton_out, unavailable
 
 # "reference" keeps everything it computes, the others return the output only.
 _FAST = {"tiled": tiled_out, "triton": triton_out}

@@ -12,8 +12,8 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from svit_utils.attention.formula import AttentionRecord
 from svit_utils.attention.functional import attention_record, attention_rows, check_backend, thresholded_attention
-from svit_utils.attention.reference import AttentionRecord
 from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.thresholds import Threshold, ThresholdLike, as_threshold, check_empty_rows
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svit_utils.attention.reference import AttentionRecord
+from svit_utils.attention.formula import AttentionRecord
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from svit_utils.attention import EMPTY_ROWS
-from svit_utils.attention import triton_backend as backend
-from svit_utils.attention import triton_kernels as kernels
+from svit_utils.attention.backends import kernels
+from svit_utils.attention.backends import triton as backend
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 OF_INPUTS = ("Q", "K", "V", "OUT", "DO", "DQ", "DK", "DV_PTR")

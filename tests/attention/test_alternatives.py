@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svit_utils import TokenSparsityTracker, densify, sparsified, sparsify
 from svit_utils.attention import ALTERNATIVES, AlternativeAttention, SparseAttention, sparse_modules, use_alternative
-from svit_utils.attention.alternatives import entmax15, hard_cut, sparsemax, top_k
+from svit_utils.attention.normalisers import entmax15, hard_cut, sparsemax, top_k
 from svit_utils.explain import attention_maps
 
 P = torch.tensor([10.0, 6, 3, 1], dtype=torch.float64) / 20

@@ -28,8 +28,8 @@ from svit_utils.attention import (
     functional,
     thresholded_attention,
 )
-from svit_utils.attention import triton_backend as backend
-from svit_utils.attention.triton_backend import Blocks
+from svit_utils.attention.backends import triton as backend
+from svit_utils.attention.backends.triton import Blocks
 from svit_utils.paths import repo_root
 from tests.attention.test_tiled import MASKS, TAUS, derivatives, masking, poisoned_memory, threshold
 from tests.attention.test_tiled import inputs as cpu_inputs

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from coursework import masters as m
-from svit_utils.course import ASSIGNMENTS, Wrong, check, question, questions
+from svit_course import ASSIGNMENTS, Wrong, check, question, questions
+from svit_course import masters as m
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 BANKS = {name: importlib.import_module(f"bank.{name}") for name in ASSIGNMENTS}

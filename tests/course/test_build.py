@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import nbtools
-from coursework import build
-from coursework import masters as m
+from svit_course import build
+from svit_course import masters as m
 
 STEMS = [path.stem for path in m.masters()]
 
@@ -114,8 +114,8 @@ def test_it_opens_in_colab_and_binder(course: Path, stem: str) -> None:
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_master_says_what_it_asks_for(stem: str) -> None:
     """20 marks; a visible and a hidden test for each coded question; one plot; written answers with a rubric."""
-    from coursework.feedback import rubric
-    from svit_utils.course import questions
+    from svit_course import questions
+    from svit_course.grading.feedback import rubric
 
     cells = m.read_cells(m.master(stem))
     assert sum(cell.points for cell in cells) == 20
@@ -150,7 +150,7 @@ def headings(chapter: str) -> tuple[set[str], set[str]]:
 
 def test_what_an_assignment_refers_to_exists() -> None:
     """Every chapter and section named by a question, by its number or by its title."""
-    from svit_utils.course import questions
+    from svit_course import questions
 
     checked = 0
     for question in (q for stem in STEMS for q in questions(stem[0])):
@@ -182,7 +182,7 @@ def test_the_first_five_chapters_link_to_their_assignments() -> None:
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_question_has_a_ladder_of_hints(stem: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from svit_utils.course import hint, questions
+    from svit_course import hint, questions
 
     for question in questions(stem[0]):
         hint(question.name, 3)

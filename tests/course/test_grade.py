@@ -15,8 +15,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 import nbtools
-from coursework import grade, limits, wire
-from coursework import masters as m
+from svit_course import masters as m
+from svit_course.grading import grade
+from svit_course.sandbox import limits, wire
 
 MASTER = m.master("a")
 Change = Callable[[Any], None]
@@ -322,7 +323,7 @@ def test_the_fence_holds_where_the_system_has_one(tmp_path: Path) -> None:
     if not limits.landlock_version():
         pytest.skip("no Landlock here: an audit hook is the only fence, as the guide says")
     program = (
-        "import os, sys; from coursework import limits\n"
+        "import os, sys; from svit_course.sandbox import limits\n"
         f"assert limits.fence(read=[sys.prefix, sys.base_prefix, '/usr', '/lib'], write=[{str(tmp_path / 'mine')!r}])\n"
         f"open({str(tmp_path / 'mine' / 'x')!r}, 'w').write('1')\n"
         f"for path, mode in (({str(tmp_path / 'y')!r}, 'w'), ({str(MASTER)!r}, 'r')):\n"

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coursework import grade, limits
-from coursework import masters as m
-from coursework.sandbox import Ended, Limits, Sandbox
+from svit_course import masters as m
+from svit_course.grading import grade
+from svit_course.sandbox import limits
+from svit_course.sandbox.sandbox import Ended, Limits, Sandbox
 
 BOUNDS = Limits(seconds=5, cell=8, total=120, memory=3 * 2**29, processes=16, files=64 * 2**20)
 needs_landlock = pytest.mark.skipif(not limits.landlock_version(), reason="no Landlock here, as the guide says")

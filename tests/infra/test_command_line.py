@@ -26,7 +26,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.Captur
 
 def test_the_package_and_the_doctor_import_nothing_heavy() -> None:
     program = (
-        "import sys, svit_utils, svit_utils.doctor, svit_utils.__main__; "
+        "import sys, svit_utils, svit_utils.cli.doctor, svit_utils.__main__; "
         "print([name for name in ('torch', 'timm', 'numpy', 'torchvision') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

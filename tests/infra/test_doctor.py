@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from svit_utils import doctor, paths
+from svit_utils.cli import doctor, paths
 
 MISMATCH = "raise RuntimeError('operator torchvision::nms does not exist')"
 

@@ -67,7 +67,7 @@ def test_pins_fit_the_ranges_and_name_no_address() -> None:
 
 
 def test_doctor_looks_for_the_same_packages() -> None:
-    from svit_utils import doctor
+    from svit_utils.cli import doctor
 
     text = (nbtools.ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = {canonicalize_name(Requirement(item).name) for item in _string_lists(text, "dependencies")}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from research import DESIGNS
+from research.check import check_design
 from svit_utils import sparsify
 from svit_utils.data import PlantedShapes
-from svit_utils.experiments import DESIGNS
-from svit_utils.experiments.check import check_design
-from svit_utils.experiments.run import recorded
+from svit_utils.files import read_rows
 from svit_utils.models import load_embedded, read_card
 from svit_utils.paths import checkpoints_dir, results_dir
 from svit_utils.training import evaluate
@@ -34,7 +34,7 @@ def test_the_readme_shows_what_the_results_hold() -> None:
 
 
 def test_every_recorded_row_says_where_it_comes_from() -> None:
-    rows = [row for name in DESIGNS for row in recorded(results_dir() / f"{name}.csv")]
+    rows = [row for name in DESIGNS for row in read_rows(results_dir() / f"{name}.csv")]
     assert len(rows) > 10
     for row in rows:
         assert all(row[key] != "" for key in PROVENANCE), row["name"]
@@ -70,7 +70,7 @@ def test_a_result_still_comes_out_of_this_code_and_the_check_can_fail(tmp_path: 
     design = DESIGNS["planted_start"]
     assert check_design(design).passed is True
     text = (results_dir() / "planted_start.csv").read_text(encoding="utf-8")
-    small = next(row for row in recorded(results_dir() / "planted_start.csv") if row["size"] == "small")
+    small = next(row for row in read_rows(results_dir() / "planted_start.csv") if row["size"] == "small")
     wrong = text.replace(small["test_loss"], str(float(small["test_loss"]) + 1.0))
     (tmp_path / "planted_start.csv").write_text(wrong, encoding="utf-8")
     assert check_design(design, folder=tmp_path).passed is False

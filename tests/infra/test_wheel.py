@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import nbtools
-from coursework.build import build_wheel
 from nbtools import ROOT
+from svit_course.build import build_wheel
 
 
 @pytest.fixture(scope="module")

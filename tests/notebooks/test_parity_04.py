@@ -14,9 +14,9 @@ from notebook_functions import extract_function
 from scipy import stats
 
 from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsify, thresholded_softmax
-from svit_utils.evaluate import mean_interval, paired_bootstrap
 from svit_utils.explain import attention_maps
 from svit_utils.models import create_model
+from svit_utils.referee import mean_interval, paired_bootstrap
 
 CHAPTER = "04"
 SCOPE = {

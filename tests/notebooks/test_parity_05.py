@@ -11,7 +11,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 import svit_utils
 from svit_utils import sparsify, thresholded_softmax
-from svit_utils.evaluate import energy_in_mask, iou_at_mask_area, pointing_game
 from svit_utils.explain import (
     attention_maps,
     attention_rollout,
@@ -22,6 +21,7 @@ from svit_utils.explain import (
     token_grid,
     tokens_to_grid,
 )
+from svit_utils.referee import energy_in_mask, iou_at_mask_area, pointing_game
 
 CHAPTER = "05_interpretability"
 NAMES = {"torch": torch, "thresholded_softmax": thresholded_softmax, "svit_utils": svit_utils}

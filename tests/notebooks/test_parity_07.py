@@ -11,7 +11,9 @@ from notebook_functions import extract_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svit_utils.evaluate import (
+from svit_utils.explain import displayed
+from svit_utils.records import verdict
+from svit_utils.referee import (
     average_precision,
     deletion_curve,
     energy_in_mask,
@@ -19,9 +21,7 @@ from svit_utils.evaluate import (
     infidelity,
     random_maps,
 )
-from svit_utils.evaluate.faithfulness import _squares
-from svit_utils.explain import displayed
-from svit_utils.study.tables import verdict
+from svit_utils.referee.faithfulness import _squares
 
 CHAPTER = "07_the_referee"
 EXACT = {"rtol": 0, "atol": 1e-12}

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from notebook_functions import extract_function
 
-from svit_utils.evaluate import paired_bootstrap
-from svit_utils.experiments.summary import difference
-from svit_utils.study import tables
+from research.study import tables
+from research.summary import difference
+from svit_utils.referee import paired_bootstrap
 
 CHAPTER = "08"
 SIDES = ("higher", "lower", "open")

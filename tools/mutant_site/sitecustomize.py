@@ -6,7 +6,7 @@
 - ``tau2``: the threshold is doubled;
 - ``norenorm``: what is left after the cut is not renormalised.
 
-The fault is put in right after `svit_utils.attention.reference` is imported, so that every module that takes the
+The fault is put in right after `svit_utils.attention.formula` is imported, so that every module that takes the
 function from there gets the broken one; ``backend="auto"`` is made to choose that one always. With
 ``SVIT_MUTANT_LOG`` a line is written to that file at its first call.
 """
@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 
-REFERENCE = "svit_utils.attention.reference"
+REFERENCE = "svit_utils.attention.formula"
 DISPATCH = "svit_utils.attention.functional"
 FUNCTION = "_weights_from_probs"
 MUTANTS = ("softmax", "tau2", "norenorm")

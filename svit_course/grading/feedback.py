@@ -1,0 +1,162 @@
+"""What a student gets back: a page with each question's marks and message, the answer as graded, the picture."""
+
+from __future__ import annotations
+
+import base64
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+import nbtools
+from svit_course import masters, questions
+
+if TYPE_CHECKING:
+    from svit_course.grading.grade import Graded
+
+RUBRIC = masters.ASSIGNMENTS / "rubric.md"
+_BLANK = re.compile(r"\n(?:[ \t]*\n){3,}")
+STATUS = {
+    "ok": "holds",
+    "wrong": "not yet",
+    "missing": "missing",
+    "time": "too slow",
+    "memory": "too much memory",
+    "processes": "too many processes",
+    "files": "too many files",
+    "crash": "crashed",
+    "not graded": "not graded",
+    "refused": "refused",
+    "by hand": "to be marked",
+    "marked": "marked by hand",
+}
+
+_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }} – {{ student }}</title>
+<style>
+:root { color-scheme: light dark; --line: light-dark(#d0d7de, #444c56); --soft: light-dark(#f6f8fa, #22272e); }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
+section { border-top: 1px solid var(--line); padding: .5rem 0 1rem; }
+h2 { font-size: 1.15rem; margin-bottom: .25rem; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+th:first-child, th:nth-child(2) { width: 6rem; }
+td, th { text-align: left; padding: .25rem .6rem .25rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+td.marks { white-space: nowrap; }
+pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; border-radius: 6px; }
+img { max-width: 100%; background: #fff; }
+.message { margin: .25rem 0; }
+.small { font-size: .9rem; opacity: .8; }
+@media (prefers-color-scheme: light) { {{ light }} }
+@media (prefers-color-scheme: dark) { {{ dark }} }
+pre { background: var(--soft) !important; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p><strong>{{ student }}</strong>: {{ got }} of {{ out_of }} marks
+{%- if to_mark %}; {{ to_mark }} are still to be marked by hand{% endif %}.</p>
+{% for note in notes %}
+<p class="message">⚠ {{ note }}</p>
+{% endfor %}
+{% for question in questions %}
+<section>
+<h2>{{ question.name }}</h2>
+<table>
+<thead><tr><th scope="col">test</th><th scope="col">marks</th><th scope="col">what was found</th></tr></thead>
+<tbody>
+{% for mark in question.marks %}
+<tr><td>{{ mark.test }}</td>
+<td class="marks">
+{{- "–" if mark.marks is none else "%g" | format(mark.marks) }} of {{ "%g" | format(mark.out_of) }}</td>
+<td>{{ status.get(mark.status, mark.status) }}{% if mark.message %}: {{ mark.message }}{% endif %}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+{% if question.section and not question.full %}
+<p class="small">Explained in {{ question.section }};
+<code>hint("{{ question.name }}")</code> in the notebook gives a nudge.</p>
+{% endif %}
+{% if question.rubric %}
+<p class="small">Marked by:</p>
+<ul class="small">{% for line in question.rubric %}<li>{{ line }}</li>{% endfor %}</ul>
+{% endif %}
+{% for picture in question.pictures %}
+<p><img src="data:image/png;base64,{{ picture }}" alt="The figure that the answer to {{ question.name }} drew"></p>
+{% endfor %}
+{% if question.code %}
+<details><summary>The answer as it was graded</summary>{{ question.code | safe }}</details>
+{% elif question.text %}
+<details open><summary>The answer</summary><pre>{{ question.text }}</pre></details>
+{% endif %}
+</section>
+{% endfor %}
+</body>
+</html>
+""")
+
+
+@cache
+def rubric() -> dict[str, tuple[str, ...]]:
+    """Question to its lines in rubric.md."""
+    if not RUBRIC.is_file():
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, body in re.findall(
+        r"^### (\w+)[^\n]*\n(.*?)(?=^##|\Z)", RUBRIC.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    ):
+        joined = re.sub(r"\n[ \t]+(?=\S)", " ", body)
+        found[name] = tuple(re.findall(r"^- (.+)$", joined, re.MULTILINE))
+    return found
+
+
+def write_feedback(graded: Graded, folder: Path) -> Path:
+    """The page of one submission: ``<folder>/<student>/<assignment>.html``."""
+    submission = graded.submission
+    path = folder / submission.student / f"{submission.assignment}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sections = {q.name: q.section for q in questions(submission.assignment[0])}
+    shown: dict[str, dict[str, Any]] = {}
+    for mark in graded.marks:
+        about = shown.setdefault(
+            mark.question, {"name": mark.question, "marks": [], "section": sections.get(mark.question)}
+        )
+        about["marks"].append(mark)
+    for name, about in shown.items():
+        by_hand = about["marks"][0].test == "by hand"
+        source = graded.sources.get(name, "")
+        is_code = name in sections or name in graded.pictures
+        source = _BLANK.sub("\n\n\n", source)
+        # Highlighting takes more than linear time on text that was made for it.
+        coloured = is_code and len(source) < 20_000
+        about["code"] = highlight(source, PythonLexer(), HtmlFormatter()) if source and coloured else ""
+        about["text"] = "" if coloured else source
+        about["pictures"] = [base64.b64encode(data).decode() for data in graded.pictures.get(name, [])]
+        about["rubric"] = rubric().get(name, ()) if by_hand else ()
+        about["full"] = all(mark.marks == mark.out_of for mark in about["marks"])
+    page = _PAGE.render(
+        title=nbtools.title(nbtools.read(masters.master(submission.assignment)), submission.assignment),
+        student=submission.student,
+        got=f"{sum(mark.marks or 0 for mark in graded.marks):g}",
+        out_of=f"{sum(mark.out_of for mark in graded.marks):g}",
+        to_mark=f"{sum(m.out_of for m in graded.marks if m.marks is None):g}"
+        if any(m.marks is None for m in graded.marks)
+        else "",
+        notes=graded.notes,
+        # By number: a, b, c of the names sort as text, a10 would not.
+        questions=sorted(shown.values(), key=lambda q: int(re.sub(r"\D", "", q["name"]) or 0)),
+        status=STATUS,
+        light=HtmlFormatter(style="default").get_style_defs(".highlight"),
+        dark=HtmlFormatter(style="github-dark").get_style_defs(".highlight"),
+    )
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return path

@@ -1,0 +1,205 @@
+"""A question of the coursework, and how an answer to it is checked: run first, judged afterwards.
+
+A question is asked in *cases*: plain data (seeds, shapes, numbers) from which inputs are made. Checking has two halves.
+
+    probe(case, answer...) -> what was seen     calls the student's code, and decides nothing
+    judge(case, seen)                           decides, and calls nothing of the student's
+
+What is seen is arrays and plain values, so the halves can run in two processes: at grading the first runs in a sandbox
+that holds neither the expected values nor the marks, the second outside it. In a notebook both run in the kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Case = Mapping[str, Any]
+Seen = dict[str, Any]
+ASSIGNMENTS = ("a", "b", "c", "d", "e", "f")
+
+
+class Wrong(AssertionError):
+    """An answer that does not hold; the text names the likely mistake."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the sentence, without the frames of the check."""
+        return [f"Not yet. {self}"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One coded question.
+
+    Attributes:
+        name: ``"a1"``: assignment and number.
+        answers: the names that the answer defines, in the order in which ``probe`` takes them.
+        cases: those of the visible check. Each is plain data, with ``"what"`` saying in words what it looks at.
+        probe: (case, *answers) -> what was seen: a dict of tensors, arrays, numbers, strings, or lists of them.
+        judge: (case, seen) -> None, or raises `Wrong`. Arrays come as NumPy arrays.
+        hints: a ladder: where to look, what to do, nearly how.
+        section: where the book explains it, for example ``"chapter 1, section 2"``.
+    """
+
+    name: str
+    answers: tuple[str, ...]
+    cases: tuple[Case, ...]
+    probe: Callable[..., Seen]
+    judge: Callable[[Case, Seen], None]
+    hints: tuple[str, ...]
+    section: str
+
+
+def questions(assignment: str) -> tuple[Question, ...]:
+    """The coded questions of an assignment, ``"a"`` to ``"f"``, in order.
+
+    Raises:
+        ValueError: there is no such assignment.
+    """
+    if assignment not in ASSIGNMENTS:
+        raise ValueError(f"there is no assignment {assignment!r}; there are {', '.join(ASSIGNMENTS)}")
+    found: tuple[Question, ...] = importlib.import_module(f"svit_course.assignment_{assignment}").QUESTIONS
+    return found
+
+
+def question(name: str) -> Question:
+    """The question of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    here = questions(name[:1]) if isinstance(name, str) and name[:1] in ASSIGNMENTS else ()
+    for candidate in here:
+        if candidate.name == name:
+            return candidate
+    known = ", ".join(q.name for q in here) or "a1, a2, …"
+    raise ValueError(
+        f"there is no question {name!r} with checks and hints; there are {known} (others are marked by hand)"
+    )
+
+
+def ask(asked: Question, answers: Sequence[Any], case: Case) -> Seen:
+    """The first half: run the answer on one case. What it raises comes out as `Wrong`, put into words.
+
+    Raises:
+        Wrong: with the case in words before the sentence, as from `decide`.
+    """
+    try:
+        return {key: plain(value) for key, value in asked.probe(case, *answers).items()}
+    except Wrong as wrong:
+        raise Wrong(f"{asked.name}, {case['what']}: {wrong}") from None
+    except Exception as error:
+        raise Wrong(f"{asked.name}, {case['what']}: {in_words(error, asked.answers)}") from error
+
+
+def decide(asked: Question, case: Case, seen: Seen) -> None:
+    """The second half. What is seen may be anything, so a judge that trips over it says *wrong*, too.
+
+    Raises:
+        Wrong: with the case in words before the judge's sentence.
+    """
+    try:
+        asked.judge(case, seen)
+    except Wrong as wrong:
+        raise Wrong(f"{asked.name}, {case['what']}: {wrong}") from None
+    except Exception as error:
+        kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in seen.items())
+        raise Wrong(
+            f"{asked.name}, {case['what']}: the answer returned something of a kind that the question does not ask "
+            f"for ({kinds or 'nothing'}; {type(error).__name__}: {error})"
+        ) from error
+
+
+def check(name: str, *answers: Any, cases: Sequence[Case] | None = None) -> None:
+    """Check an answer here and now: ``check("a1", softmax)``. Says so if it holds.
+
+    Args:
+        name: of the question.
+        answers: what it asks for, functions or values, in the order that the question names them.
+        cases: other cases than the visible ones.
+
+    Raises:
+        Wrong: the answer does not hold; the text names the case and the likely mistake.
+        ValueError: unknown question, or another number of answers.
+    """
+    asked = question(name)
+    if len(answers) != len(asked.answers):
+        raise ValueError(f"check({name!r}, ...) takes {', '.join(asked.answers)}, got {len(answers)} answers")
+    chosen = asked.cases if cases is None else tuple(cases)
+    for case in chosen:
+        decide(asked, case, ask(asked, answers, case))
+    more = " When it is graded, hidden cases are added: other numbers, shapes and corners." if cases is None else ""
+    print(f"{name}: {len(chosen)} of {len(chosen)} cases hold.{more}")
+
+
+def hint(name: str, step: int = 1) -> None:
+    """Print the hints of a question up to ``step``, from a nudge to nearly the answer.
+
+    Raises:
+        ValueError: unknown question, or no such step.
+    """
+    ladder = question(name).hints
+    if not isinstance(step, int) or not 1 <= step <= len(ladder):
+        raise ValueError(f"{name} has hints 1 to {len(ladder)}, got {step!r}")
+    for number, text in enumerate(ladder[:step], 1):
+        print(f"Hint {number} of {len(ladder)}: {text}")
+    if step == len(ladder):
+        print(f"Still stuck? Read {question(name).section}.")
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+_SHAPES = re.compile(
+    r"shape|size|broadcast|dimension|mat1|index \d+ is out of bounds|einsum|reshape|axis", re.IGNORECASE
+)
+
+
+def in_words(error: BaseException, answers: Sequence[str]) -> str:
+    """What an exception in the student's code says, with what usually causes it."""
+    text = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+    if isinstance(error, NotImplementedError):
+        stubs = [name for name in _frames(error) if name in answers]
+        return f"{(stubs or [' or '.join(answers)])[-1]} is not written yet"
+    if "in-place operation" in said or "modified by an inplace" in said or "read-only" in said:
+        return f"it changes a tensor in place that it must leave alone ({said}). Work on a new one"
+    if "does not require grad" in said or "element 0 of tensors" in said:
+        return f"no gradient comes through ({said}). Is there a detach(), a .data, a no_grad or NumPy on the way?"
+    called = re.match(r"(?:\w+\.)*(\w+)\(\) (?:missing|takes|got)", str(error))
+    if called and called.group(1) in (*answers, "__init__", "forward"):
+        return f"it takes other arguments than the question gives ({said})"
+    if "Can't call numpy() on Tensor that requires grad" in said:
+        return f"the answer goes through NumPy, where there are no gradients ({said}). Stay in torch"
+    if _SHAPES.search(said):
+        return f"it fails on inputs of this shape ({said}). Is a shape, or a number of tokens, written into the code?"
+    return f"it stops with {said}"
+
+
+def _frames(error: BaseException) -> list[str]:
+    """The names of the functions that the exception came through, outermost first."""
+    return [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def plain(value: Any) -> Any:
+    """Tensors as NumPy arrays, arrays and plain values as they are; everything else as its type in words."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy().copy()
+    if isinstance(value, np.ndarray):
+        return np.array(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return f"<{type(value).__name__}>"

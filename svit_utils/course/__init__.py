@@ -1,8 +1,0 @@
-"""The coursework's checks, as the notebooks under ``notebooks/assignments/`` call them.
-
-from svit_utils.course import check, hint
-"""
-
-from svit_utils.course.question import ASSIGNMENTS, Question, Wrong, check, hint, question, questions
-
-__all__ = ["ASSIGNMENTS", "Question", "Wrong", "check", "hint", "question", "questions"]
