@@ -1,10 +1,12 @@
 """Training and evaluation: the recipe, the loop, checkpoints, profiles."""
 
 from svit_utils.training.checkpoints import CheckpointError
+from svit_utils.training.config import TrainConfig
 from svit_utils.training.evaluation import Evaluation, evaluate
-from svit_utils.training.loop import NonFiniteLossError, OutputError, TrainConfig, TrainResult, load_best, train
+from svit_utils.training.loop import TrainResult, load_best, train
 from svit_utils.training.profiles import PROFILES, DataSplits, Profile, build_data, build_model, get_profile
 from svit_utils.training.schedules import lr_factor, tau_factor
+from svit_utils.training.session import NonFiniteLossError, OutputError
 
 __all__ = [
     "PROFILES",

@@ -1,22 +1,29 @@
 """Training checkpoints that survive a kill at any moment.
 
 A checkpoint is written beside the old one, flushed to the disk and then renamed over it; a rename is atomic, so there
-is always one whole checkpoint. It holds everything the next step depends on: weights, optimiser, EMA, the three random
-generators of every process, and the step, from which data order, learning rate and tau follow.
+is always one whole checkpoint. It holds everything the next step depends on: weights, optimiser, averaged weights, the
+random generators of every process, and the step, from which data order, learning rate and tau follow.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import random
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
+from svit_utils.attention import sparse_modules
+from svit_utils.files import replacing
+from svit_utils.training.config import TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -27,25 +34,55 @@ class CheckpointError(RuntimeError):
 
 def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
     """Replace the checkpoint in ``folder`` by ``state``, whole or not at all."""
-    partial = folder / f".{CHECKPOINT}.partial"
-    with open(partial, "wb") as file:
+    with replacing(folder / CHECKPOINT) as partial, open(partial, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, folder / CHECKPOINT)
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Forget the run in ``folder``: what is found there later must not be the old one's checkpoint or weights."""
-    for name in (CHECKPOINT, f".{CHECKPOINT}.partial", "best.safetensors", "last.safetensors"):
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote a checkpoint has left."""
+    for partial in folder.glob(f".{CHECKPOINT}.*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove an earlier run's checkpoint and weights, which would otherwise be taken for those of the new one."""
+    for name in (CHECKPOINT, "best.safetensors", "last.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+def fingerprint(model: nn.Module, config: TrainConfig, images: int, processes: int) -> str:
+    """What must be the same for a checkpoint to fit, as JSON: model, thresholds, starting weights, recipe, data size.
+
+    Args:
+        model: as it starts, before the first step.
+        config: its recipe; what does not change the result (how often to log, say) is left out.
+        images: in the training set.
+        processes: that share each step.
+    """
+    recipe = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "log_every", "num_workers")}
+    shapes = "".join(f"{name}{tuple(p.shape)}" for name, p in model.state_dict().items())
+    sparse = {name: f"{m.empty_rows} {m.threshold.extra_repr()}" for name, m in sparse_modules(model).items()}
+    digest = hashlib.sha256((shapes + json.dumps(sparse)).encode()).hexdigest()[:12]
+    start = hashlib.sha256()
+    for value in model.state_dict().values():
+        start.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    content = {
+        "model": f"{type(model).__name__}-{digest}",
+        "start": f"weights-{start.hexdigest()[:12]}",
+        "images": images,
+        "processes": processes,
+        **recipe,
+    }
+    return json.dumps(content, sort_keys=True)
+
+
+def load_checkpoint(folder: Path, expected: str) -> dict[str, Any] | None:
     """The checkpoint in ``folder``, or None when there is none.
 
     Raises:
-        CheckpointError: damaged, or written by a run with another ``fingerprint``.
+        CheckpointError: damaged, or written by a run with another fingerprint than ``expected``.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -67,7 +104,7 @@ def load_checkpoint(folder: Path, fingerprint: str) -> dict[str, Any] | None:
         raise CheckpointError(
             f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again, or pass resume=False"
         ) from error
-    if difference := _difference(recorded, fingerprint):
+    if difference := _difference(recorded, expected):
         raise CheckpointError(
             f"the checkpoint {path} belongs to another run: {difference}. Choose another "
             "out_dir, or pass resume=False to start again"
@@ -82,9 +119,9 @@ def _check_sums(path: Path) -> None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
-def _difference(recorded: str, fingerprint: str) -> str:
-    """The recorded entries in which two fingerprints differ, in words; empty when there is none."""
-    old, new = json.loads(recorded), json.loads(fingerprint)
+def _difference(recorded: str, expected: str) -> str:
+    """Which recorded entries differ between two fingerprints, as a sentence; empty when none does."""
+    old, new = json.loads(recorded), json.loads(expected)
     return ", ".join(
         f"{name} was {old[name]} and is {new.get(name, 'absent')}"
         for name in sorted(old)
@@ -93,7 +130,7 @@ def _difference(recorded: str, fingerprint: str) -> str:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, in types that ``weights_only`` loading accepts."""
+    """The state of the three generators, in types that torch's ``weights_only`` loading accepts."""
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - timm's Mixup draws from it
     state = {
         "python": random.getstate(),

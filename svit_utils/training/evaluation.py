@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
+
+from svit_utils.attention import TokenSparsityTracker, sparse_modules
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,21 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
     return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def warn_of_empty_rows(model: nn.Module, dataset: Dataset, precision: str = "fp32") -> None:
+    """Log the tracker's warning where most attention rows lose every key: the fallback then decides what is trained.
+
+    Looks at the first eight images; says nothing about a dense model.
+    """
+    if not sparse_modules(model):
+        return
+    images = torch.stack([dataset[i][0] for i in range(min(8, len(dataset)))])  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with TokenSparsityTracker(model) as tracker, torch.no_grad(), autocast(device.type, precision):
+        model(images.to(device))
+    model.train(was_training)
+    if warning := tracker.summary().warning:
+        log.warning(warning)

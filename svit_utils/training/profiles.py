@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 from svit_utils.attention import LearnableThreshold, sparsify
 from svit_utils.data import PlantedShapes, cifar10, image_folder, normalisation
 from svit_utils.models import SMALL_VIT, create_model, load_embedded, load_weights
-from svit_utils.training.loop import TrainConfig
+from svit_utils.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,13 @@ class Profile:
         start: ``"scratch"``, ``"pretrained"`` (timm's weights, local or downloaded), a shipped checkpoint, or a
             ``.safetensors`` file.
         config: the recipe.
-        threshold: tau of the sparse arm.
+        threshold: tau of the sparse model.
         empty_rows: its treatment of rows that lose every key, see `svit_utils.thresholded_softmax`.
         augment: crop and flip the training images (PlantedShapes needs none: every picture is new).
+        normalise: pixel statistics, as for `svit_utils.data.cifar10`; None for those that the model was pretrained
+            with. PlantedShapes has statistics of its own.
+        rho: PlantedShapes only: how often a picture's background belongs to its class, in training and validation. Test
+            pictures always have rho = 0.
         val_images, test_images: how many are used, the first ones; None for all.
     """
 
@@ -62,6 +66,8 @@ class Profile:
     threshold: float = 0.01
     empty_rows: str = "dense"
     augment: bool = False
+    normalise: str | None = None
+    rho: float = 0.0
     val_images: int | None = None
     test_images: int | None = None
 
@@ -93,76 +99,70 @@ class Profile:
         )
 
 
-PROFILES = {
-    profile.name: profile
-    for profile in (
-        Profile(
-            "smoke",
-            "seconds, for tests",
-            data="planted",
-            model=SMALL_VIT,
-            img_size=56,
-            start="scratch",
-            config=TrainConfig(steps=4, batch_size=8, lr=1e-3, warmup_steps=1, tau_warmup_steps=2, log_every=1),
-            val_images=32,
-            test_images=32,
-        ),
-        Profile(
-            "cpu",
-            "embedded data and checkpoint, a minute or two on a laptop",
-            data="planted",
-            model=SMALL_VIT,
-            img_size=56,
-            start="planted_dense_start",
-            config=TrainConfig(steps=60, batch_size=32, lr=5e-4, warmup_steps=3, tau_warmup_steps=30, log_every=5),
-            val_images=500,
-            test_images=1000,
-        ),
-        Profile(
-            "gpu",
-            "CIFAR-10 at 224 px, a pretrained ViT-Base, three epochs of the usual fine-tuning recipe",
-            data="cifar10",
-            model="vit_base_patch16_224",
-            img_size=224,
-            start="pretrained",
-            config=TrainConfig(
-                steps=3 * (CIFAR10_TRAIN // 64),
-                batch_size=64,
-                lr=5e-5,
-                warmup_steps=100,
-                tau_warmup_steps=3 * (CIFAR10_TRAIN // 64) // 2,
-                precision="bf16",
-                num_workers=8,
-                eval_every=CIFAR10_TRAIN // 64,
-                checkpoint_every=CIFAR10_TRAIN // 64,
-                log_every=50,
-            ),
-            augment=True,
-        ),
-        Profile(
-            # What the card leaves open is left at torch's defaults: weight decay 0.01, no clipping, no augmentation,
-            # no warm-up of either kind. Validation images are held out of the card's 50,000.
-            "paper",
-            "the published card's recipe to the letter: ViT-Base, 70 epochs of CIFAR-10 at 224 px",
-            data="cifar10",
-            model="vit_base_patch16_224",
-            img_size=224,
-            start="pretrained",
-            config=TrainConfig(
-                steps=70 * (CIFAR10_TRAIN // 16),
-                batch_size=16,
-                lr=3e-4,
-                weight_decay=0.01,
-                schedule="cosine",
-                clip_grad=None,
-                num_workers=8,
-                eval_every=10 * (CIFAR10_TRAIN // 16),
-                checkpoint_every=CIFAR10_TRAIN // 16,
-                log_every=100,
-            ),
-        ),
-    )
-}
+CPU = Profile(
+    "cpu",
+    "embedded data and checkpoint, a minute or two on a laptop",
+    data="planted",
+    model=SMALL_VIT,
+    img_size=56,
+    start="planted_dense_start",
+    config=TrainConfig(steps=60, batch_size=32, lr=5e-4, warmup_steps=3, tau_warmup_steps=30, log_every=5),
+    val_images=500,
+    test_images=1000,
+)
+SMOKE = replace(
+    CPU,
+    name="smoke",
+    summary="seconds, for tests",
+    start="scratch",
+    config=TrainConfig(steps=4, batch_size=8, lr=1e-3, warmup_steps=1, tau_warmup_steps=2, log_every=1),
+    val_images=32,
+    test_images=32,
+)
+GPU_EPOCH = CIFAR10_TRAIN // 64  # steps
+GPU = Profile(
+    "gpu",
+    "CIFAR-10 at 224 px, a pretrained ViT-Base, three epochs of the usual fine-tuning recipe",
+    data="cifar10",
+    model="vit_base_patch16_224",
+    img_size=224,
+    start="pretrained",
+    config=TrainConfig(
+        steps=3 * GPU_EPOCH,
+        batch_size=64,
+        lr=5e-5,
+        warmup_steps=100,
+        tau_warmup_steps=3 * GPU_EPOCH // 2,
+        precision="bf16",
+        num_workers=8,
+        eval_every=GPU_EPOCH,
+        checkpoint_every=GPU_EPOCH,
+        log_every=50,
+    ),
+    augment=True,
+)
+PAPER_EPOCH = CIFAR10_TRAIN // 16  # steps
+# What the card leaves open is left at torch's defaults: weight decay 0.01, no clipping, no augmentation, no warm-up of
+# either kind. Validation images are held out of the card's 50,000.
+PAPER = replace(
+    GPU,
+    name="paper",
+    summary="the published card's recipe to the letter: ViT-Base, 70 epochs of CIFAR-10 at 224 px",
+    config=TrainConfig(
+        steps=70 * PAPER_EPOCH,
+        batch_size=16,
+        lr=3e-4,
+        weight_decay=0.01,
+        schedule="cosine",
+        clip_grad=None,
+        num_workers=8,
+        eval_every=10 * PAPER_EPOCH,
+        checkpoint_every=PAPER_EPOCH,
+        log_every=100,
+    ),
+    augment=False,
+)
+PROFILES = {profile.name: profile for profile in (SMOKE, CPU, GPU, PAPER)}
 
 
 def get_profile(name: str | None = None) -> Profile:
@@ -189,11 +189,11 @@ def build_data(profile: Profile) -> DataSplits:
     size = profile.img_size
     if profile.data == "planted":
         return DataSplits(
-            PlantedShapes("train", img_size=size),
-            PlantedShapes("val", profile.val_images, img_size=size),
+            PlantedShapes("train", img_size=size, rho=profile.rho),
+            PlantedShapes("val", profile.val_images, img_size=size, rho=profile.rho),
             PlantedShapes("test", profile.test_images, img_size=size),
         )
-    normalise: Any = _normalisation_of(profile.model)
+    normalise: Any = profile.normalise or _normalisation_of(profile.model)
     if profile.data == "cifar10":
         train = cifar10("train", img_size=size, augment=profile.augment, normalise=normalise)
         val = cifar10("val", img_size=size, normalise=normalise)
@@ -218,11 +218,11 @@ def build_model(
     layers: list[int] | None = None,
     seed: int | None = None,
 ) -> nn.Module:
-    """The profile's model at its start, dense or cut at the profile's threshold.
+    """The profile's model at its start, dense or sparse with the profile's threshold.
 
     Args:
         profile: which model, start and threshold.
-        sparse: cut it.
+        sparse: put the thresholded attention in.
         num_classes: outputs.
         learnable: with ``sparse``, train tau ``"model"``-, ``"layer"``- or ``"head"``-wise from the profile's value.
         layers: with ``sparse``, only these blocks.
@@ -252,7 +252,7 @@ def build_model(
 
 
 def _normalisation_of(model: str) -> tuple[Any, Any] | str:
-    """What the model was pretrained with: DeiT with ImageNet's statistics, timm's ViT-Base with one half."""
+    """The pixel statistics that a model was pretrained with: ImageNet's for DeiT, one half for timm's ViT-Base."""
     if model == SMALL_VIT:
         return "imagenet"
     from timm.models import get_pretrained_cfg

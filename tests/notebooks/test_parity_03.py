@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from notebook_functions import extract_function
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -18,7 +17,8 @@ from svit_utils import sparsify, thresholded_softmax
 from svit_utils.attention import sparse_modules
 from svit_utils.models import create_model
 from svit_utils.training import TrainConfig, lr_factor, tau_factor, train
-from svit_utils.training.loop import _param_groups
+from svit_utils.training.recipe import param_groups
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "03_fine_tuning"
 
@@ -69,7 +69,7 @@ def test_cut_row(tau: float) -> None:
 def test_parameter_groups() -> None:
     model = tiny()
     theirs = {
-        id(p): group["weight_decay"] for group in _param_groups(model, TrainConfig(steps=1)) for p in group["params"]
+        id(p): group["weight_decay"] for group in param_groups(model, TrainConfig(steps=1)) for p in group["params"]
     }
     ours = {id(p): group["weight_decay"] for group in taught("parameter_groups")(model, 0.05) for p in group["params"]}
     assert ours == theirs and set(ours.values()) == {0.0, 0.05}

@@ -32,7 +32,7 @@ from svit_utils.training import (
     tau_factor,
     train,
 )
-from svit_utils.training.loop import _param_groups
+from svit_utils.training.recipe import param_groups
 
 CONFIG = TrainConfig(steps=6, batch_size=4, lr=1e-2, checkpoint_every=2, log_every=1)
 
@@ -126,7 +126,7 @@ def test_tau_rises_linearly_and_ends_at_its_target() -> None:
     assert [row["tau_factor"] for row in result.history] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_validation_always_sees_the_whole_tau() -> None:
+def test_validation_always_sees_the_full_tau() -> None:
     model = micro_vit()
     sparsify(model, 0.2)
     seen = []
@@ -137,7 +137,7 @@ def test_validation_always_sees_the_whole_tau() -> None:
     assert len(seen) >= 3 and seen == pytest.approx([0.2] * len(seen))
 
 
-def test_an_interrupted_warm_up_leaves_the_whole_tau() -> None:
+def test_an_interrupted_warm_up_leaves_the_full_tau() -> None:
     model = micro_vit()
     sparsify(model, 0.2)
 
@@ -166,7 +166,7 @@ def test_what_is_exempt_from_weight_decay() -> None:
     model = micro_vit()
     sparsify(model, LearnableThreshold(0.1, per="head"))
     for config in (CONFIG, replace(CONFIG, layer_decay=0.5)):
-        groups = _param_groups(model, config)
+        groups = param_groups(model, config)
         decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
         exempt = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
         assert len(decayed) + len(exempt) == len(list(model.parameters())) and not decayed & exempt
@@ -177,7 +177,7 @@ def test_what_is_exempt_from_weight_decay() -> None:
 
 def test_layer_decay_scales_the_learning_rates() -> None:
     model = micro_vit()
-    lrs = {id(p): g["lr"] for g in _param_groups(model, replace(CONFIG, layer_decay=0.5)) for p in g["params"]}
+    lrs = {id(p): g["lr"] for g in param_groups(model, replace(CONFIG, layer_decay=0.5)) for p in g["params"]}
     named = dict(model.named_parameters())
     head, last, first, patch = (
         lrs[id(named[n])]
@@ -434,8 +434,8 @@ def _one_of_two(folder: str, accumulation: int) -> None:
 
 
 def launch_two(rendezvous: Path, function: Any, *args: Any) -> None:
-    """Accelerate's ``debug_launcher``, with processes that start anew: it forks, and torch does not allow autograd in
-    the fork of a process that has used it."""
+    """As Accelerate's ``debug_launcher``, but its processes start from nothing: it forks, and torch does not
+    allow autograd in the fork of a process that has used it."""
     from accelerate.utils import PrepareForLaunch, patch_environment
     from torch.multiprocessing import start_processes
 
