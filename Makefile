@@ -41,7 +41,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 .PHONY: walkthrough
 walkthrough: $(STAMP) ## run the chapters, write them to build/walkthrough/ as HTML, end with a table
-	$(PY) tools/walkthrough.py
+	$(PY) -m tools.walkthrough
 
 .PHONY: lab
 lab: $(STAMP) ## open JupyterLab on chapter 1 (or CHAPTER=03)
@@ -68,11 +68,11 @@ test-alone: $(STAMP) ## each chapter alone in an empty folder, with the wheel in
 
 .PHONY: test-mutants
 test-mutants: $(STAMP) ## the two quickest chapters must notice a broken operator
-	$(PY) tools/mutants.py --quick --jobs $(JOBS)
+	$(PY) -m tools.mutants --quick --jobs $(JOBS)
 
 .PHONY: mutants
 mutants: $(STAMP) ## every chapter must notice a broken operator
-	$(PY) tools/mutants.py --jobs $(JOBS)
+	$(PY) -m tools.mutants --jobs $(JOBS)
 
 .PHONY: test-browser
 test-browser: $(STAMP) ## JupyterLab in headless Chromium (needs Chromium, or CHROMIUM=/path/to/it)
@@ -80,19 +80,19 @@ test-browser: $(STAMP) ## JupyterLab in headless Chromium (needs Chromium, or CH
 
 .PHONY: stored
 stored: $(STAMP) ## run the chapters (or CHAPTER=03) and store their outputs in the notebooks
-	$(PY) tools/walkthrough.py --store $(CHAPTER)
+	$(PY) -m tools.walkthrough --store $(CHAPTER)
 
 .PHONY: links
 links: $(STAMP) ## stamp the Colab and Binder links (REPO=owner/name where pyproject and git do not say)
-	$(PY) tools/links.py $(if $(REPO),--repository $(REPO))
+	$(PY) -m tools.links $(if $(REPO),--repository $(REPO))
 
 .PHONY: checkpoints
 checkpoints: $(STAMP) ## train the shipped checkpoints anew (hours on a CPU)
-	$(PY) tools/make_checkpoints.py
+	$(PY) -m tools.make_checkpoints
 
 .PHONY: results
 results: $(STAMP) ## write the results in README.md from results/
-	$(PY) tools/readme_results.py
+	$(PY) -m tools.readme_results
 
 .PHONY: study
 study: $(STAMP) ## the referee's study, or what is missing of it (hours; PROFILE=smoke: two minutes, into build/study-smoke)
@@ -108,16 +108,16 @@ bench: $(STAMP) ## measure what the cut costs (about half an hour; nothing else 
 
 .PHONY: check-results
 check-results: $(STAMP) ## rerun one row of each results file at small size and compare
-	$(PY) tools/check_results.py
+	$(PY) -m tools.check_results
 
 .PHONY: course
 course: $(STAMP) ## build the coursework into build/course/ (REPO=owner/name: where student/ will be pushed to)
-	PYTHONPATH=tools $(PY) -m svit_course.build $(if $(REPO),--repository $(REPO))
+	$(PY) -m svit_course build $(if $(REPO),--repository $(REPO))
 
 .PHONY: grade
 grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder (ASSIGNMENT=b SECONDS=20 CELL=60 TOTAL=300 MEMORY=2)
 	@test -n "$(SUBMISSIONS)" || { echo "make grade SUBMISSIONS=folder, with a folder per student in it; see notebooks/assignments/lecturer.md" >&2; exit 2; }
-	$(PY) -m svit_course.grading.grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
+	$(PY) -m svit_course grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
 	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CELL),--cell $(CELL)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY))
 
 .PHONY: test-course
@@ -129,11 +129,11 @@ lint: $(STAMP) ## ruff, mypy and the notebook lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check svit_utils svit_course research tests tools benchmarks conftest.py
 	$(PY) -m mypy
-	$(PY) tools/lint_notebooks.py notebooks/*.ipynb notebooks/assignments/*.ipynb
+	$(PY) -m tools.lint_notebooks notebooks/*.ipynb notebooks/assignments/*.ipynb
 
 .PHONY: pins
 pins: $(STAMP) ## resolve requirements.txt anew from pyproject.toml
-	$(PY) tools/pins.py
+	$(PY) -m tools.pins
 
 .PHONY: clean
 clean: ## remove build/, caches and .venv (data and results stay)

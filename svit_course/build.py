@@ -1,4 +1,4 @@
-"""Build the course from its masters: ``make course`` writes build/course/.
+"""Build the course from its masters: ``make course`` (``python -m svit_course build``) writes build/course/.
 
     student/    to hand out, or to push as a repository of its own: chapters, assignments, glossary, the package's wheel
     solutions/  the masters, with solutions and hidden tests
@@ -21,11 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import links
-import nbtools
-from svit_course import masters
+from svit_course import masters, notebooks, stamp
 
-OUT = nbtools.ROOT / "build" / "course"
+OUT = notebooks.ROOT / "build" / "course"
 FOR_LECTURERS = ("lecturer.md", "semester.md", "rubric.md")
 CONFIG = '''\
 """nbgrader's settings for this course, for use with its own tools: https://nbgrader.readthedocs.io"""
@@ -78,18 +76,18 @@ def build(out: Path = OUT, repository: str | None = None) -> Path:
     release(grading, [path.stem for path in found])
 
     wheel = build_wheel(student)
-    for chapter in nbtools.chapters():
+    for chapter in notebooks.chapters():
         _copy(chapter, student / "notebooks" / chapter.name)
-    shutil.copytree(nbtools.NOTEBOOKS / "images", student / "notebooks" / "images")
+    shutil.copytree(notebooks.NOTEBOOKS / "images", student / "notebooks" / "images")
     assignments = student / "notebooks" / "assignments"
     for path in found:
-        notebook = nbtools.read(grading / "release" / path.stem / path.name)
-        stamp(notebook, path, repository, wheel)
+        notebook = notebooks.read(grading / "release" / path.stem / path.name)
+        stamp_for_students(notebook, path, repository, wheel)
         assignments.mkdir(parents=True, exist_ok=True)
-        nbtools.write(notebook, assignments / path.name)
+        notebooks.write(notebook, assignments / path.name)
         # The notebook that nbgrader hands out is the same one.
-        nbtools.write(notebook, grading / "release" / path.stem / path.name)
-        if lost := list(leaks(notebook, nbtools.read(path))):
+        notebooks.write(notebook, grading / "release" / path.stem / path.name)
+        if lost := list(leaks(notebook, notebooks.read(path))):
             raise RuntimeError(f"{path.name}: the student's version still holds\n  " + "\n  ".join(lost))
     _copy(masters.ASSIGNMENTS / "glossary.md", assignments / "glossary.md")
     _student_files(student, repository, wheel)
@@ -134,28 +132,31 @@ def build_wheel(folder: Path) -> str:
     """The package's wheel in ``folder``; its name. Needs no network."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    done = subprocess.run(command, cwd=nbtools.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=notebooks.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the wheel cannot be built:\n{done.stderr[-2000:]}")
     return next(folder.glob("selectivevit-*.whl")).name
 
 
-def stamp(notebook: Any, path: Path, repository: str | None, wheel: str) -> None:
-    """The two cells at the head of a student's notebook: where to open it, and what Colab installs."""
-    place = f"notebooks/assignments/{path.name}"
-    package = None
+def stamp_for_students(notebook: Any, path: Path, repository: str | None, wheel: str) -> None:
+    """Give a student's notebook its two cells at the head: where to open it, and the set-up for Colab.
+
+    Args:
+        path: of the master; the student's notebook has its name.
+        repository: ``owner/name`` that ``student/`` will be pushed to, with the wheel in it; None if there is none.
+        wheel: the wheel's file name.
+    """
+    place, package = f"notebooks/assignments/{path.name}", None
+    text = "*In Colab, first upload the file `selectivevit-….whl` (the folder symbol on the left).*"
     if repository:
         package = f"https://github.com/{repository}/raw/main/{wheel}"
-        text = (
-            f"[Open in Colab]({links.colab(repository, place)}) · [Open in Binder]({links.binder(repository, place)})"
-        )
-    else:
-        text = "*In Colab, first upload the file `selectivevit-….whl` (the folder symbol on the left).*"
-    links.stamp_cells(notebook, text, links.setup_source(repository, package))
+        text = f"[Open in Colab]({stamp.colab(repository, place)}) · "
+        text += f"[Open in Binder]({stamp.binder(repository, place)})"
+    stamp.stamp_cells(notebook, text, stamp.setup_source(package))
 
 
 def _student_files(student: Path, repository: str | None, wheel: str) -> None:
-    environment = (nbtools.ROOT / "environment.yml").read_text(encoding="utf-8")
+    environment = (notebooks.ROOT / "environment.yml").read_text(encoding="utf-8")
     kept = [line for line in environment.splitlines() if line.strip() != "- -e ." and not line.startswith("#")]
     (student / "environment.yml").write_text("\n".join([*kept, ""]), encoding="utf-8")
     # Binder runs this after the environment is made; a wheel named in environment.yml would not be there yet.
@@ -240,16 +241,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="default: build/course")
     parser.add_argument("--repository", help="owner/name that student/ will be pushed to, for its links")
     options = parser.parse_args(argv)
-    if options.repository and not links.owner_name(options.repository):
+    repository = stamp.owner_name(options.repository) if options.repository else None
+    if options.repository and not repository:
         parser.error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
     try:
-        out = build(options.out, links.owner_name(options.repository) if options.repository else None)
+        out = build(options.out, repository)
     except RuntimeError as error:
         print(f"make course: {error}", file=sys.stderr)
         return 1
     print(f"{len(masters.masters())} assignments in {out}: student/ to hand out, solutions/, grading/, lecturer/")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nbtools
+from svit_course import notebooks
 
-ASSIGNMENTS = nbtools.NOTEBOOKS / "assignments"
+ASSIGNMENTS = notebooks.NOTEBOOKS / "assignments"
 BEGIN_HIDDEN, END_HIDDEN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
 BEGIN_SOLUTION, END_SOLUTION = "### BEGIN SOLUTION", "### END SOLUTION"
 # A cell that only makes the notebook interesting (a training run): graders do not wait for it.
@@ -98,7 +98,7 @@ def library_allowed(notebook: Any) -> bool:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    return cells(nbtools.read(path))
+    return cells(notebooks.read(path))
 
 
 def hidden_cases(cell: Cell) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import nbformat
 
-import nbtools
+from svit_course import notebooks
 
 # A home folder or a temporary one in an output says on whose machine it ran, and differs on the next.
 LOCAL_PATH = re.compile(r"(?:/home/|/root/|/Users/|/tmp/|/var/folders/|/private/|[A-Z]:\\\\?Users\\)[\w.~-]*")
@@ -19,7 +19,7 @@ LOCAL_PATH = re.compile(r"(?:/home/|/root/|/Users/|/tmp/|/var/folders/|/private/
 def problems(path: Path) -> Iterator[str]:
     """What is wrong with the notebook, a line each."""
     try:
-        notebook = nbtools.read(path)
+        notebook = notebooks.read(path)
         nbformat.validate(notebook)
     except Exception as error:
         yield f"not a valid notebook: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -31,14 +31,14 @@ def problems(path: Path) -> Iterator[str]:
     ids = [cell.get("id") for cell in notebook.cells]
     if len(set(ids)) != len(ids):
         yield "two cells have the same id"
-    code = nbtools.code_cells(notebook)
+    code = notebooks.code_cells(notebook)
     counts = [cell.execution_count for cell in code]
     if path.parent.name == "assignments":  # a master: what it printed could give a solution away
         if any(counts) or any(cell.outputs for cell in code):
             yield "a master holds no outputs: clear them"
     elif counts != list(range(1, len(code) + 1)):
         yield f"execution counts are {counts}, not 1 to {len(code)} in order: run it with `make stored`"
-    root = str(nbtools.ROOT)
+    root = str(notebooks.ROOT)
     for number, cell in enumerate(code, start=1):
         if not cell.source.strip():
             yield f"code cell {number} is empty"

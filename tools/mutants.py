@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbtools
-from mutant_site.sitecustomize import MUTANTS
+from svit_course import notebooks
+from tools.mutant_site.sitecustomize import MUTANTS
 
 SITE = Path(__file__).resolve().parent / "mutant_site"
 UNBROKEN = "unbroken"
@@ -48,7 +48,7 @@ def judge(chapter: Path, mutant: str) -> Verdict:
             environment["PYTHONPATH"] = os.pathsep.join([str(SITE), *old])
             environment |= {"SVIT_MUTANT": mutant, "SVIT_MUTANT_LOG": str(log)}
         command = [sys.executable, "-m", "pytest", "--nbval", "-q", "-x", "-p", "no:cacheprovider", str(chapter)]
-        done = subprocess.run(command, cwd=nbtools.ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=notebooks.ROOT, env=environment, capture_output=True, text=True, check=False)
         called = log.is_file()
     seconds = time.monotonic() - start
     cell = re.search(r"::Cell (\d+)", done.stdout[done.stdout.rfind("short test summary") :])
@@ -71,7 +71,7 @@ def judge(chapter: Path, mutant: str) -> Verdict:
 def quickest(paths: list[Path], count: int) -> list[Path]:
     """The chapters with the fewest minutes in results/walkthrough.csv; the first ones where it does not say."""
     minutes: dict[str, float] = {}
-    recorded = nbtools.ROOT / "results" / "walkthrough.csv"
+    recorded = notebooks.ROOT / "results" / "walkthrough.csv"
     if recorded.is_file():
         with recorded.open(newline="", encoding="utf-8") as file:
             minutes = {row["chapter"]: float(row["minutes"]) for row in csv.DictReader(file)}
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     options = parser.parse_args(argv)
-    paths = nbtools.chapters(options.chapters)
+    paths = notebooks.chapters(options.chapters)
     if options.quick:
         paths = quickest(paths, QUICK)
     if not paths:

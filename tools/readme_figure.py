@@ -1,6 +1,6 @@
 """Draw the README's picture: dense against sparse attention on the same image, from the shipped checkpoints.
 
-    python tools/readme_figure.py
+    python -m tools.readme_figure
 
 writes notebooks/images/dense_vs_sparse.png (under 150 kB) and prints its alternative text. The picture shows the class
 token's attention in the last layer, head by head; chapter 5 says what it does and does not mean.
@@ -12,14 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import nbtools
+from svit_course.notebooks import ROOT
 from svit_utils import sparsify
 from svit_utils.data import PlantedShapes
 from svit_utils.explain import class_attention
 from svit_utils.models import load_embedded
 from svit_utils.show import dense_beside_sparse, figure_png
 
-TARGET = nbtools.ROOT / "notebooks" / "images" / "dense_vs_sparse.png"
+TARGET = ROOT / "notebooks" / "images" / "dense_vs_sparse.png"
 LIMIT = 150_000  # bytes: the README has to load quickly
 
 

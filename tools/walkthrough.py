@@ -36,10 +36,11 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-import nbtools
+from svit_course import notebooks, stamp
+from tools import outputs
 
-BUILD = nbtools.ROOT / "build" / "walkthrough"
-RESULT = nbtools.ROOT / "results" / "walkthrough.csv"
+BUILD = notebooks.ROOT / "build" / "walkthrough"
+RESULT = notebooks.ROOT / "results" / "walkthrough.csv"
 TEMPLATES = Path(__file__).resolve().parent / "html_template"
 MIB = 1024 * 1024
 
@@ -155,16 +156,16 @@ def to_html(notebook: Any, name: str) -> None:
 
     page = nbformat_copy(notebook)
     page.metadata.pop("widgets", None)
-    page.cells = [cell for cell in page.cells if cell.get("id") != nbtools.LINKS_ID]  # links to services elsewhere
+    page.cells = [cell for cell in page.cells if cell.get("id") != stamp.LINKS_ID]  # links to services elsewhere
     for cell in page.cells:
         if cell.cell_type == "markdown":  # the page lies in build/walkthrough/
             cell.source = cell.source.replace("](assignments/", "](../../notebooks/assignments/")
-    for cell in nbtools.code_cells(page):
+    for cell in notebooks.code_cells(page):
         for output in cell.outputs:
-            if nbtools.WIDGET in output.get("data", {}):
-                del output.data[nbtools.WIDGET]
+            if outputs.WIDGET in output.get("data", {}):
+                del output.data[outputs.WIDGET]
                 output.data["text/html"] = "<em>A widget: open the notebook in JupyterLab to move it.</em>"
-    page.metadata["title"] = nbtools.title(notebook, name)
+    page.metadata["title"] = notebooks.title(notebook, name)
     exporter = HTMLExporter(
         template_name="walkthrough",
         extra_template_basedirs=[str(TEMPLATES)],
@@ -227,7 +228,7 @@ def provenance() -> dict[str, Any]:
     """The columns that say where a measurement comes from."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=nbtools.ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=notebooks.ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     return {
@@ -281,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-record", action="store_true", help="leave results/walkthrough.csv as it is")
     options = parser.parse_args(argv)
 
-    paths = nbtools.chapters(options.chapters)
+    paths = notebooks.chapters(options.chapters)
     if not paths:
         print("There are no chapters in notebooks/ yet.")
         return 1
@@ -291,13 +292,13 @@ def main(argv: list[str] | None = None) -> int:
         bring_mathjax()
     about, outcomes = provenance(), []
     for position, path in enumerate(paths, start=1):
-        notebook = nbtools.read(path)
-        progress = Progress(f"[{position}/{len(paths)}] {path.stem}", len(nbtools.code_cells(notebook)))
-        for cell in nbtools.code_cells(notebook):
+        notebook = notebooks.read(path)
+        progress = Progress(f"[{position}/{len(paths)}] {path.stem}", len(notebooks.code_cells(notebook)))
+        for cell in notebooks.code_cells(notebook):
             cell.outputs, cell.execution_count = [], None
         seconds, peak, error = execute(notebook, path.parent, progress, options.timeout)
-        headline = nbtools.headline(notebook)
-        outcomes.append(Outcome(path.stem, nbtools.title(notebook, path.stem), seconds / 60, peak, headline, error))
+        headline = outputs.headline(notebook)
+        outcomes.append(Outcome(path.stem, notebooks.title(notebook, path.stem), seconds / 60, peak, headline, error))
         progress.end(f"{'failed' if error else 'done'}, {seconds / 60:.1f} minutes, {peak} MB")
         if error:
             print(error, file=sys.stderr)
@@ -312,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         complete = not options.chapters and not any(item.error for item in outcomes)
         if complete and not options.no_record:
             write_results(outcomes, about)
-        print(f"\nThe chapters as pages: {(BUILD / 'index.html').relative_to(nbtools.ROOT)}")
+        print(f"\nThe chapters as pages: {(BUILD / 'index.html').relative_to(notebooks.ROOT)}")
     print_table(outcomes)
     return 1 if any(item.error for item in outcomes) else 0
 
@@ -322,9 +323,9 @@ def store(notebook: Any, path: Path) -> None:
     notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata["language_info"] = {"name": "python"}
-    for cell in nbtools.code_cells(notebook):
+    for cell in notebooks.code_cells(notebook):
         cell.metadata.pop("execution", None)
-    nbtools.write(notebook, path)
+    notebooks.write(notebook, path)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-import nbtools
-from svit_course import masters, questions
+from svit_course import masters, notebooks, questions
 
 if TYPE_CHECKING:
     from svit_course.grading.grade import Graded
@@ -144,7 +143,7 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
         about["rubric"] = rubric().get(name, ()) if by_hand else ()
         about["full"] = all(mark.marks == mark.out_of for mark in about["marks"])
     page = _PAGE.render(
-        title=nbtools.title(nbtools.read(masters.master(submission.assignment)), submission.assignment),
+        title=notebooks.title(notebooks.read(masters.master(submission.assignment)), submission.assignment),
         student=submission.student,
         got=f"{sum(mark.marks or 0 for mark in graded.marks):g}",
         out_of=f"{sum(mark.out_of for mark in graded.marks):g}",

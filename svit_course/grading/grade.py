@@ -24,8 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import nbtools
-from svit_course import Question, Wrong, masters, questions
+from svit_course import Question, Wrong, masters, notebooks, questions, stamp
 from svit_course.masters import Cell
 from svit_course.question import decide
 from svit_course.sandbox import limits
@@ -127,7 +126,7 @@ def plan(mine: Sequence[Cell], original: Sequence[Cell]) -> list[Cell]:
         twin = known.get(cell.id)
         if twin is not None:
             cell = twin if twin.part == "given" else replace(cell, part=twin.part, tags=twin.tags)
-        if cell.part in ("visible", "hidden", "written") or cell.id == nbtools.SETUP_ID:
+        if cell.part in ("visible", "hidden", "written") or cell.id == stamp.SETUP_ID:
             continue
         cells.append(cell)
     present = {cell.id for cell in cells}
@@ -166,7 +165,7 @@ def borrows(source: str) -> bool:
 def grade(submission: Submission, bounds: Limits, secret: Sequence[Path] = ()) -> Graded:
     """Run a submission and judge it. Whatever it does ends as marks and messages."""
     graded = Graded(submission)
-    notebook = nbtools.read(masters.master(submission.assignment))
+    notebook = notebooks.read(masters.master(submission.assignment))
     original = masters.cells(notebook)
     asked = {q.name: q for q in questions(submission.assignment[0])}
     mine: list[Cell] = []
@@ -468,7 +467,7 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Grade a folder of submissions.")
     parser.add_argument("submissions", type=Path, help="a folder per student")
-    parser.add_argument("--out", type=Path, default=nbtools.ROOT / "build" / "grades", help="default: build/grades")
+    parser.add_argument("--out", type=Path, default=notebooks.ROOT / "build" / "grades", help="default: build/grades")
     parser.add_argument("--assignment", help="only this one, for example b")
     parser.add_argument("--jobs", type=int, default=2, help="submissions at a time (default: 2)")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="of a test (default: %(default)g)")
@@ -490,7 +489,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(found)} submissions; each: {bounds.seconds:g} s a test, {options.memory:g} GiB; {limits.in_words()}")
     for line in strange:
         print(f"  {line}")
-    secret = [options.submissions.resolve(), nbtools.ROOT / "tests", nbtools.ROOT / "build", nbtools.ROOT / "tools"]
+    secret = [
+        options.submissions.resolve(),
+        notebooks.ROOT / "tests",
+        notebooks.ROOT / "build",
+        notebooks.ROOT / "tools",
+    ]
 
     def one(submission: Submission) -> Graded:
         try:

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-import nbtools
+from svit_course import notebooks
 from svit_course.sandbox import limits, wire
 
 _TICK = 0.05
@@ -129,12 +129,12 @@ class Sandbox:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                cwd=nbtools.ROOT,
+                cwd=notebooks.ROOT,
                 start_new_session=True,
                 env={
                     **passed,
                     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-                    "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+                    "PYTHONPATH": str(notebooks.ROOT),
                     "PYTHONDONTWRITEBYTECODE": "1",
                     "MPLBACKEND": "Agg",
                     "CUDA_VISIBLE_DEVICES": "",

@@ -1,9 +1,10 @@
 """The process in which a submission runs. It gets code and questions, and gives back what it saw; it holds no marks.
 
-On Linux the process that `svit_course.sandbox.sandbox` starts loads torch and the checks, and then only waits: it forks one that
-runs the submission, and when that is over it says so and forks the next. The two never share a channel: the waiting
-process is spoken to over a socket that its child closes at once, the child over one of its own, by messages as in
-`svit_course.sandbox.wire`. First the cells are sent, then a question case by case, so that the grader knows where it hung.
+On Linux the process that `svit_course.sandbox.sandbox` starts loads torch and the checks, and then only waits: it forks
+one that runs the submission, and when that is over it says so and forks the next. The two never share a channel: the
+waiting process is spoken to over a socket that its child closes at once, the child over one of its own, by messages as
+in `svit_course.sandbox.wire`. First the cells are sent, then a question case by case, so that the grader knows where it
+hung.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import nbtools
+from svit_course import notebooks
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
@@ -41,7 +41,7 @@ def chromium() -> str:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a JupyterLab of this environment; the notebooks are copied, so that saving changes nothing."""
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(nbtools.NOTEBOOKS, home / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(notebooks.NOTEBOOKS, home / "notebooks", ignore=shutil.ignore_patterns(".*"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

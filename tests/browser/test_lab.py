@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-import nbtools
+from svit_course import notebooks
 
 pytestmark = pytest.mark.browser
 
-SHOTS = nbtools.ROOT / "build" / "browser"
+SHOTS = notebooks.ROOT / "build" / "browser"
 EXPLORER = ".svit-threshold-explorer"
 
 
@@ -36,7 +36,7 @@ def run_all_cells(page) -> None:
 
 def test_chapter_1_runs_and_its_explorer_moves(lab: str, page) -> None:
     SHOTS.mkdir(parents=True, exist_ok=True)
-    [chapter] = nbtools.chapters(["01"])
+    [chapter] = notebooks.chapters(["01"])
     # A workspace of its own, so that no earlier session is restored; all cells are rendered, not only those in sight.
     page.goto(f"{lab}/lab/workspaces/test/tree/notebooks/{chapter.name}?reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-import nbtools
-import walkthrough
+from svit_course import notebooks
+from tools import outputs, walkthrough
 
 pytestmark = pytest.mark.browser
 
 
-@pytest.mark.parametrize("chapter", nbtools.chapters(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("chapter", notebooks.chapters(), ids=lambda path: path.stem)
 def test_a_page_stands_alone(chapter: Path, page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walkthrough, "BUILD", tmp_path)
     walkthrough.bring_mathjax()
-    notebook = nbtools.read(chapter)  # with the stored outputs: nothing is run here
+    notebook = notebooks.read(chapter)  # with the stored outputs: nothing is run here
     walkthrough.to_html(notebook, chapter.stem)
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
@@ -30,12 +30,12 @@ def test_a_page_stands_alone(chapter: Path, page, tmp_path: Path, monkeypatch: p
     assert page.locator(".MathJax_Display").count() >= formulas
     assert page.locator(".MathJax_Error, .merror").count() == 0
     assert "$$" not in page.locator("main").inner_text()
-    pictures = sum(1 for cell in nbtools.code_cells(notebook) for _ in nbtools.pictures(cell))
+    pictures = sum(1 for cell in notebooks.code_cells(notebook) for _ in outputs.pictures(cell))
     images = page.locator("main img")
     assert images.count() >= pictures
     for index in range(images.count()):
         assert images.nth(index).evaluate("image => image.complete && image.naturalWidth > 0")
         assert len(images.nth(index).get_attribute("alt") or "") > 10
-    walkthrough_shots = nbtools.ROOT / "build" / "browser"
+    walkthrough_shots = notebooks.ROOT / "build" / "browser"
     walkthrough_shots.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=walkthrough_shots / f"page-{chapter.stem}.png", full_page=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,7 @@ import pytest
 from svit_course import ASSIGNMENTS, Wrong, check, question, questions
 from svit_course import masters as m
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-BANKS = {name: importlib.import_module(f"bank.{name}") for name in ASSIGNMENTS}
+BANKS = {name: importlib.import_module(f"tests.course.bank.{name}") for name in ASSIGNMENTS}
 
 
 @cache

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-import nbtools
-from svit_course import build
+from svit_course import build, notebooks
 from svit_course import masters as m
 
 STEMS = [path.stem for path in m.masters()]
@@ -29,7 +28,7 @@ def student_version(course: Path, stem: str) -> Path:
 def private_lines(stem: str) -> set[str]:
     """Lines between the markers of the master, by another way than `build.leaks` goes."""
     found, shown, inside = set(), "", False
-    for cell in nbtools.read(m.master(stem)).cells:
+    for cell in notebooks.read(m.master(stem)).cells:
         for line in cell.source.splitlines():
             if re.search(r"### BEGIN (SOLUTION|HIDDEN TESTS)", line):
                 inside = True
@@ -54,8 +53,8 @@ def test_the_students_version_holds_no_answer(course: Path, stem: str) -> None:
     lines = private_lines(stem)
     assert len(lines) > 20
     assert not [line for line in lines if json.dumps(line, ensure_ascii=False)[1:-1] in raw]
-    notebook = nbtools.read(path)
-    assert not [cell for cell in nbtools.code_cells(notebook) if cell.outputs or cell.execution_count]
+    notebook = notebooks.read(path)
+    assert not [cell for cell in notebooks.code_cells(notebook) if cell.outputs or cell.execution_count]
     stubs = [cell for cell in notebook.cells if m.part(cell) == "answer"]
     assert len(stubs) >= 3 and all("YOUR CODE HERE" in cell.source for cell in stubs)
     assert sum("YOUR ANSWER HERE" in cell.source for cell in notebook.cells) >= 1
@@ -63,14 +62,14 @@ def test_the_students_version_holds_no_answer(course: Path, stem: str) -> None:
 
 @pytest.mark.parametrize("place", ["source", "output", "metadata", "written"])
 def test_a_leak_is_noticed(course: Path, place: str) -> None:
-    original = nbtools.read(m.master("a"))
-    notebook: Any = copy.deepcopy(nbtools.read(student_version(course, STEMS[0])))
+    original = notebooks.read(m.master("a"))
+    notebook: Any = copy.deepcopy(notebooks.read(student_version(course, STEMS[0])))
     assert not list(build.leaks(notebook, original))
     line = "return exp / exp.sum(axis=-1, keepdims=True)"
     if place == "source":
         notebook.cells[-1].source += f"\n{line}"
     elif place == "output":
-        cell = nbtools.code_cells(notebook)[-1]
+        cell = notebooks.code_cells(notebook)[-1]
         cell.outputs = [{"output_type": "stream", "name": "stdout", "text": '{"seed": 11, "shape": [2, 3, 4, 5]}'}]
     elif place == "metadata":
         notebook.metadata["note"] = line
@@ -88,7 +87,7 @@ def test_what_is_handed_out_is_complete(course: Path) -> None:
     assert "-e ." not in (student / "environment.yml").read_text()
     # Links between the notebooks, to the glossary and to pictures all lead somewhere.
     for path in (student / "notebooks").rglob("*.ipynb"):
-        for cell in nbtools.read(path).cells:
+        for cell in notebooks.read(path).cells:
             if cell.cell_type == "markdown":
                 for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", cell.source):
                     if link.endswith((".ipynb", ".md", ".png")):
@@ -97,15 +96,15 @@ def test_what_is_handed_out_is_complete(course: Path) -> None:
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_it_opens_in_colab_and_binder(course: Path, stem: str) -> None:
-    notebook = nbtools.read(student_version(course, stem))
+    notebook = notebooks.read(student_version(course, stem))
     assert (
         f"colab.research.google.com/github/me/my-course/blob/main/notebooks/assignments/{stem}.ipynb"
         in notebook.cells[0].source
     )
-    setup = nbtools.code_cells(notebook)[0].source
+    setup = notebooks.code_cells(notebook)[0].source
     assert "https://github.com/me/my-course/raw/main/selectivevit-" in setup
     # Nothing of nbgrader's is imported anywhere: students do not have it.
-    assert not [cell for cell in nbtools.code_cells(notebook) if "nbgrader" in cell.source]
+    assert not [cell for cell in notebooks.code_cells(notebook) if "nbgrader" in cell.source]
 
 
 # ------------------------------------------------------------------------------------------------ the masters
@@ -128,7 +127,7 @@ def test_a_master_says_what_it_asks_for(stem: str) -> None:
     assert sum(cell.part == "written" for cell in by_hand) >= 1
     for cell in by_hand:
         assert rubric()[cell.id], f"rubric.md has no section {cell.id}"
-    title = next(cell.source for cell in nbtools.read(m.master(stem)).cells if cell.source.startswith("# Assignment"))
+    title = next(cell.source for cell in notebooks.read(m.master(stem)).cells if cell.source.startswith("# Assignment"))
     for word in ("**Difficulty**", "**Importance**", "**Time**", "**Read first**"):
         assert word in title
     for cell in cells:
@@ -139,7 +138,7 @@ def test_a_master_says_what_it_asks_for(stem: str) -> None:
 def headings(chapter: str) -> tuple[set[str], set[str]]:
     """(numbers, titles) of a chapter's sections; "4.2" counts as "4.2"."""
     numbers, titles = set(), set()
-    for cell in nbtools.read(nbtools.chapters([chapter.zfill(2)])[0]).cells:
+    for cell in notebooks.read(notebooks.chapters([chapter.zfill(2)])[0]).cells:
         if cell.cell_type == "markdown":
             for line in re.findall(r"^##+ (.+)$", cell.source, re.MULTILINE):
                 number = re.match(r"(\d+(?:\.\d+)?)\.? ", line)
@@ -167,14 +166,14 @@ def test_what_an_assignment_refers_to_exists() -> None:
 
 def test_the_first_five_chapters_link_to_their_assignments() -> None:
     linked = {}
-    for path in nbtools.chapters()[:5]:
-        text = "\n".join(cell.source for cell in nbtools.read(path).cells if cell.cell_type == "markdown")
+    for path in notebooks.chapters()[:5]:
+        text = "\n".join(cell.source for cell in notebooks.read(path).cells if cell.cell_type == "markdown")
         linked[path.stem[1]] = set(re.findall(r"\]\(assignments/([a-f])_\w+\.ipynb\)", text))
         assert "](assignments/glossary.md)" in text
     assert linked == {"1": {"a", "b"}, "2": {"a", "b", "c", "f"}, "3": {"d"}, "4": {"d", "f"}, "5": {"e"}}
     # And back: what is to be read first is linked.
     for path in m.masters():
-        text = "\n".join(cell.source for cell in nbtools.read(path).cells)
+        text = "\n".join(cell.source for cell in notebooks.read(path).cells)
         assert set(re.findall(r"\]\(\.\./0(\d)_", text)) >= {
             n for n, found in linked.items() if path.stem[0] in found
         } - {"2"}
@@ -201,16 +200,16 @@ def test_every_question_has_a_ladder_of_hints(stem: str, capsys: pytest.CaptureF
 def test_nbgrader_gives_the_same_marks(course: Path, stem: str) -> None:
     """A solution and an untouched notebook through `nbgrader autograde`: every mark by tests, and none."""
     grading = course / "grading"
-    solved = nbtools.read(m.master(stem))
+    solved = notebooks.read(m.master(stem))
     for cell in solved.cells:
         cell.source = m.without(cell.source, m.BEGIN_HIDDEN, m.END_HIDDEN)
-    untouched = nbtools.read(student_version(course, stem))
+    untouched = notebooks.read(student_version(course, stem))
     for student, notebook in (("solver", solved), ("stub", untouched)):
         path = grading / "submitted" / student / stem / f"{stem}.ipynb"
         path.parent.mkdir(parents=True)
         # A training run that only makes the notebook interesting is not part of what is tested here.
         notebook.cells = [c for c in notebook.cells if m.NOT_AT_GRADING not in c.metadata.get("tags", ())]
-        nbtools.write(notebook, path)
+        notebooks.write(notebook, path)
     build.nbgrader(grading, "autograde", stem, "--create")
     from nbgrader.api import Gradebook
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-import nbtools
 from svit_course import masters as m
+from svit_course import notebooks
 from svit_course.grading import grade
 from svit_course.sandbox import limits, wire
 
@@ -25,14 +25,14 @@ Change = Callable[[Any], None]
 
 def submission(folder: Path, student: str, change: Change | None = None, name: str = MASTER.name) -> Path:
     """The solution of assignment a as a student would hand it in, changed."""
-    notebook = nbtools.read(MASTER)
+    notebook = notebooks.read(MASTER)
     for cell in notebook.cells:
         cell.source = m.without(cell.source, m.BEGIN_HIDDEN, m.END_HIDDEN)
     if change:
         change(notebook)
     path = folder / student / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbtools.write(notebook, path)
+    notebooks.write(notebook, path)
     return path
 
 
@@ -110,12 +110,12 @@ def whole_course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The grades of one who solved everything and of one who touched nothing."""
     folder, out = tmp_path_factory.mktemp("course"), tmp_path_factory.mktemp("course-grades")
     for path in m.masters():
-        notebook = nbtools.read(path)
+        notebook = notebooks.read(path)
         for cell in notebook.cells:
             cell.source = m.without(cell.source, m.BEGIN_HIDDEN, m.END_HIDDEN)
         for student in ("solver", "stub"):
             (folder / student).mkdir(exist_ok=True)
-            nbtools.write(notebook, folder / student / path.name)
+            notebooks.write(notebook, folder / student / path.name)
             for cell in notebook.cells:
                 stub = "# YOUR CODE HERE\nraise NotImplementedError()"
                 cell.source = m.without(cell.source, m.BEGIN_SOLUTION, m.END_SOLUTION, stub)
@@ -309,7 +309,7 @@ def test_hidden_tests_are_read_and_not_run() -> None:
 
 def test_a_notebook_without_metadata_is_still_graded() -> None:
     """Some editors drop nbgrader's metadata: the cells are then the student's own, and the given ones come first."""
-    notebook = nbtools.read(MASTER)
+    notebook = notebooks.read(MASTER)
     for cell in notebook.cells:
         cell.metadata.pop("nbgrader", None)
         cell.pop("id")
@@ -331,7 +331,7 @@ def test_the_fence_holds_where_the_system_has_one(tmp_path: Path) -> None:
         "    except PermissionError: print('refused')\n"
     )
     (tmp_path / "mine").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(nbtools.ROOT / "tools")}
+    environment = {**os.environ, "PYTHONPATH": str(notebooks.ROOT / "tools")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "refused\nrefused\n"), done.stderr
 
@@ -345,4 +345,4 @@ def test_no_network_where_the_system_can_take_it_away() -> None:
 
 
 def test_only_the_open_project_may_use_the_library() -> None:
-    assert [path.stem[0] for path in m.masters() if m.library_allowed(nbtools.read(path))] == ["f"]
+    assert [path.stem[0] for path in m.masters() if m.library_allowed(notebooks.read(path))] == ["f"]

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-import nbtools
+from svit_course.notebooks import ROOT
 
 CONDA_NAMES = {"pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
 # In environment.yml and not in pyproject.toml: the interpreter, pip, and what grad-cam needs of conda's packages.
@@ -24,13 +24,13 @@ def _string_lists(text: str, name: str) -> list[str]:
 
 
 def pyproject() -> dict[str, SpecifierSet]:
-    text = (nbtools.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = [Requirement(item) for name in ("dependencies", "notebooks") for item in _string_lists(text, name)]
     return {canonicalize_name(item.name): item.specifier for item in wanted}
 
 
 def conda() -> tuple[dict[str, SpecifierSet], list[str]]:
-    content = yaml.safe_load((nbtools.ROOT / "environment.yml").read_text(encoding="utf-8"))
+    content = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     listed = [item for item in content["dependencies"] if isinstance(item, str)]
     [from_pip] = [item["pip"] for item in content["dependencies"] if isinstance(item, dict)]
     wanted = [Requirement(item) for item in listed + [item for item in from_pip if not item.startswith("-")]]
@@ -45,14 +45,14 @@ def test_same_packages_and_ranges() -> None:
 
 
 def test_python_range_fits() -> None:
-    text = (nbtools.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lowest = re.search(r'requires-python = ">=(3\.\d+)"', text)
     assert lowest is not None
     assert str(lowest.group(1)) in conda()[0]["python"]
 
 
 def test_pins_fit_the_ranges_and_name_no_address() -> None:
-    text = (nbtools.ROOT / "requirements.txt").read_text(encoding="utf-8")
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     assert "://" not in text and "--hash" not in text and "@" not in text
     pins: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -69,6 +69,6 @@ def test_pins_fit_the_ranges_and_name_no_address() -> None:
 def test_doctor_looks_for_the_same_packages() -> None:
     from svit_utils.cli import doctor
 
-    text = (nbtools.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = {canonicalize_name(Requirement(item).name) for item in _string_lists(text, "dependencies")}
     assert {canonicalize_name(name) for name in doctor.NEEDED.values()} == wanted

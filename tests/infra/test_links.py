@@ -1,3 +1,5 @@
+"""The head of every notebook: links that lead somewhere or none, and a set-up cell that acts on Colab alone."""
+
 from __future__ import annotations
 
 import subprocess
@@ -7,8 +9,9 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-import links
-import nbtools
+from svit_course import stamp
+from svit_utils import colab
+from tools import links
 
 
 def test_every_file_is_stamped_for_one_repository(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +31,7 @@ def test_every_file_is_stamped_for_one_repository(capsys: pytest.CaptureFixture[
     ],
 )
 def test_owner_name(url: str, expected: str | None) -> None:
-    assert links.owner_name(url) == expected
+    assert stamp.owner_name(url) == expected
 
 
 def test_the_setting_is_looked_for_in_order(tmp_path: Path) -> None:
@@ -53,7 +56,7 @@ def test_stamping_is_idempotent_and_follows_the_setting() -> None:
     page, path = notebook(), Path("01_x.ipynb")
     assert links.stamp_notebook(page, path, "a/b")
     assert not links.stamp_notebook(page, path, "a/b")
-    assert page.cells[0].get("id") == nbtools.LINKS_ID
+    assert page.cells[0].get("id") == stamp.LINKS_ID
     assert [cell.cell_type for cell in page.cells] == ["markdown", "markdown", "code", "code"]
     assert "colab.research.google.com/github/a/b/blob/main/notebooks/01_x.ipynb" in page.cells[0].source
     assert links.stamp_notebook(page, path, None)
@@ -68,39 +71,72 @@ def test_readme_without_a_setting_has_no_link() -> None:
     assert links.stamp_readme(bare, "a/b", [Path("01_x.ipynb")]).count("github/a/b") == 1
 
 
-@pytest.mark.parametrize("repository", [None, "owner/name"])
-def test_setup_cell_is_short_and_leaves_torch_alone(repository: str | None) -> None:
-    source = links.setup_source(repository)
-    assert len(source.splitlines()) <= 5
+REPOSITORY = "selectivevit @ git+https://github.com/owner/name"
+
+
+@pytest.mark.parametrize("package", [None, REPOSITORY])
+def test_setup_cell_is_short_and_leaves_torch_alone(package: str | None) -> None:
+    source = stamp.setup_source(package)
+    assert len(source.splitlines()) < 12
     assert max(map(len, source.splitlines())) <= 120
-    assert not {"torch", "torchvision", "numpy"} & set(links.LIGHT.values())
+    assert not {"torch", "torchvision", "numpy"} & set(colab.NEEDED.values())
     assert "--no-deps" in source
 
 
-FAKE_COLAB = """
+PRETENDED = """
 import subprocess, sys, types
 if COLAB: sys.modules["google.colab"] = types.ModuleType("google.colab")
 called = []
-subprocess.run = lambda command, check: called.append(command)
-import importlib.util
+def run(command, check):
+    assert check and command[:6] == [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    called.append(command[6:])
+subprocess.run = run
+import importlib.machinery, importlib.util
 there = importlib.util.find_spec
-importlib.util.find_spec = lambda name: None if name in GONE else there(name)
+def find_spec(name, package=None):
+    if name in GONE: return None
+    return there(name, package) if name == "svit_utils" else importlib.machinery.ModuleSpec(name, None)
+importlib.util.find_spec = find_spec
 """
 
 
+def run_setup_cell(folder: Path, package: str | None, gone: set[str], *, on_colab: bool) -> tuple[list[str], str]:
+    """Run the cell in an empty process whose machine lacks the modules ``gone``: (lines it prints, its error)."""
+    program = f"COLAB, GONE = {on_colab}, {gone!r}\n{PRETENDED}\nexec({stamp.setup_source(package)!r})\nprint(called)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("package", [None, REPOSITORY])
+def test_setup_cell_does_nothing_elsewhere(tmp_path: Path, package: str | None) -> None:
+    printed, error = run_setup_cell(tmp_path, package, {"svit_utils", "captum"}, on_colab=False)
+    assert (printed, error) == (["[]"], "")
+
+
 @pytest.mark.parametrize(
-    ("colab", "gone", "expected"),
+    ("gone", "expected"),
     [
-        (False, {"svit_utils", "captum"}, []),
-        (True, set(), []),
-        (True, {"captum"}, ["captum"]),
-        (True, {"svit_utils", "ttach"}, ["selectivevit @ git+https://github.com/owner/name", "ttach"]),
+        (set(), []),
+        ({"captum"}, [["captum"]]),
+        ({"svit_utils", "ttach"}, [[REPOSITORY], ["ttach"]]),
+        ({"svit_utils", "timm", "captum", "pytorch_grad_cam"}, [[REPOSITORY], ["timm", "captum", "grad-cam"]]),
     ],
 )
-def test_setup_cell_installs_only_what_is_missing_and_only_on_colab(
-    colab: bool, gone: set[str], expected: list[str]
-) -> None:
-    program = f"COLAB, GONE = {colab}, {gone!r}\n{FAKE_COLAB}\n{links.setup_source('owner/name')}\nprint(called)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", *expected]
-    assert done.stdout.strip() == repr([command] if expected else [])
+def test_setup_cell_installs_only_what_is_missing(tmp_path: Path, gone: set[str], expected: list[list[str]]) -> None:
+    (said, called), error = run_setup_cell(tmp_path, REPOSITORY, gone, on_colab=True)
+    assert (called, error) == (repr(expected), "")
+    assert said.startswith("Ready: ")
+    assert ", ".join(expected[-1] if expected else ["nothing was missing"]) in said
+
+
+def test_setup_cell_takes_the_wheel_beside_the_notebook(tmp_path: Path) -> None:
+    (tmp_path / "selectivevit-0.1.0-py3-none-any.whl").touch()
+    (_, called), error = run_setup_cell(tmp_path, None, {"svit_utils"}, on_colab=True)
+    assert (called, error) == ("[['selectivevit-0.1.0-py3-none-any.whl']]", "")
+
+
+def test_setup_cell_says_what_to_do_without_a_wheel(tmp_path: Path) -> None:
+    printed, error = run_setup_cell(tmp_path, None, {"svit_utils"}, on_colab=True)
+    assert printed == []
+    assert "FileNotFoundError: Upload selectivevit-….whl" in error

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from lint_notebooks import main, problems
+from tools.lint_notebooks import main, problems
 
 
 def page(**changes):

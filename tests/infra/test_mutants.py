@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import mutants
-from mutant_site import sitecustomize
+from tools import mutants
+from tools.mutant_site import sitecustomize
 
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
 TAU = 0.1
@@ -38,7 +38,7 @@ def test_both_ways_to_the_operator_are_broken(mutant: str, tmp_path: Path) -> No
     assert set(EXPECTED) - {""} == set(sitecustomize.MUTANTS)
     log = tmp_path / "called"
     environment = os.environ | {"SVIT_MUTANT": mutant, "SVIT_MUTANT_LOG": str(log)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(mutants.SITE), str(mutants.nbtools.ROOT)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(mutants.SITE), str(mutants.notebooks.ROOT)])
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         torch.testing.assert_close([float(word) for word in line.split()], EXPECTED[mutant], rtol=0, atol=1e-12)
@@ -48,7 +48,7 @@ def test_both_ways_to_the_operator_are_broken(mutant: str, tmp_path: Path) -> No
 
 def test_the_quickest_chapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [Path(f"{name}.ipynb") for name in ("a", "b", "c")]
-    monkeypatch.setattr(mutants.nbtools, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants.notebooks, "ROOT", tmp_path)
     assert mutants.quickest(paths, 2) == paths[:2]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "walkthrough.csv").write_text("chapter,minutes\na,2\nb,1\nc,0.5\n")

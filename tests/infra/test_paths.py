@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-import nbtools
+from svit_course.notebooks import ROOT
 from svit_utils import paths
 
 
 def test_in_the_repository() -> None:
-    assert paths.repo_root() == nbtools.ROOT
-    assert paths.checkpoints_dir() == nbtools.ROOT / "data" / "checkpoints"
-    assert paths.results_dir() == nbtools.ROOT / "results"
-    assert paths.data_dir() == nbtools.ROOT / "data"
+    assert paths.repo_root() == ROOT
+    assert paths.checkpoints_dir() == ROOT / "data" / "checkpoints"
+    assert paths.results_dir() == ROOT / "results"
+    assert paths.data_dir() == ROOT / "data"
     assert paths.weights_dir() is None
 
 
@@ -21,4 +21,4 @@ def test_settings_win(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SVIT_WEIGHTS_DIR", "~/weights")
     assert paths.data_dir() == tmp_path
     assert paths.weights_dir() == Path.home() / "weights"
-    assert paths.checkpoints_dir() == nbtools.ROOT / "data" / "checkpoints"  # the shipped ones stay where they are
+    assert paths.checkpoints_dir() == ROOT / "data" / "checkpoints"  # the shipped ones stay where they are

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from svit_utils.files import read_rows
 from svit_utils.models import load_embedded, read_card
 from svit_utils.paths import checkpoints_dir, results_dir
 from svit_utils.training import evaluate
+from tools import readme_results
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = sorted(checkpoints_dir().glob("*.safetensors"))
@@ -24,11 +24,6 @@ PROVENANCE = ("command", "torch", "timm", "device", "threads", "commit", "date",
 
 
 def test_the_readme_shows_what_the_results_hold() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import readme_results
-    finally:
-        sys.path.pop(0)
     now = (ROOT / "README.md").read_text(encoding="utf-8")
     assert now == readme_results.whole(now, results_dir()), "run `make results`"
 

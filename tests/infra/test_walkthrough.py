@@ -9,8 +9,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-import nbtools
-import walkthrough
+from svit_course import notebooks, stamp
+from tools import walkthrough
 
 DRAW = """\
 import base64
@@ -26,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("book")
     (root / "notebooks").mkdir()
     good = [
-        new_markdown_cell("[Open in Colab](https://example.org)", id=nbtools.LINKS_ID),
+        new_markdown_cell("[Open in Colab](https://example.org)", id=stamp.LINKS_ID),
         new_markdown_cell("# First, with $\\tau$\n\n$$R = p - \\tau$$"),
         new_code_cell(DRAW),
         new_code_cell("block = bytearray(300 * 1024 * 1024)\nimport time; time.sleep(0.5); del block"),
@@ -36,8 +36,8 @@ def world(tmp_path_factory: pytest.TempPathFactory):
     nbformat.write(new_notebook(cells=good), root / "notebooks" / "01_good.ipynb")
     nbformat.write(new_notebook(cells=bad), root / "notebooks" / "02_bad.ipynb")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nbtools, "NOTEBOOKS", root / "notebooks")
-        patch.setattr(nbtools, "ROOT", root)
+        patch.setattr(notebooks, "NOTEBOOKS", root / "notebooks")
+        patch.setattr(notebooks, "ROOT", root)
         patch.setattr(walkthrough, "BUILD", root / "build")
         patch.setattr(walkthrough, "RESULT", root / "results" / "walkthrough.csv")
         status = walkthrough.main([])
@@ -80,8 +80,8 @@ def test_the_page_fetches_nothing_and_keeps_alt_text(world) -> None:
 
 def test_notebooks_stay_as_they_are(world) -> None:
     root, *_ = world
-    notebook = nbtools.read(root / "notebooks" / "01_good.ipynb")
-    assert all(cell.execution_count is None and not cell.outputs for cell in nbtools.code_cells(notebook))
+    notebook = notebooks.read(root / "notebooks" / "01_good.ipynb")
+    assert all(cell.execution_count is None and not cell.outputs for cell in notebooks.code_cells(notebook))
 
 
 def test_a_complete_walk_is_recorded_with_its_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

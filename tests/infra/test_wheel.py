@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import nbtools
-from nbtools import ROOT
+from svit_course import notebooks
 from svit_course.build import build_wheel
+from svit_course.notebooks import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def test_carries_the_checkpoints_and_the_results(wheel: Path) -> None:
                 assert f"svit_utils/_embedded/{inside}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert "svit_utils/py.typed" in names
     assert "svit_utils/_embedded/results/README.md" in names
-    # Nothing but the package and its metadata: a top-level `tools` or `tests` would get in everybody's way.
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"svit_utils"}
+    # Nothing but the two packages and their metadata: a top-level `tools` or `tests` would get in everybody's way.
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"svit_utils", "svit_course"}
 
 
 def test_paths_point_into_the_wheel(site: Path, tmp_path: Path) -> None:
@@ -72,8 +72,30 @@ def test_paths_point_into_the_wheel(site: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_students_need_nothing_of_the_lecturers(site: Path, tmp_path: Path) -> None:
+    """Checks and hints of every assignment, without the packages that building and grading use."""
+    program = (
+        "import sys\n"
+        "for name in ('nbgrader', 'nbformat', 'jinja2', 'pygments', 'psutil'): sys.modules[name] = None\n"
+        "from svit_course import ASSIGNMENTS, check, hint, questions\n"
+        f"assert sys.modules['svit_course'].__file__.startswith({str(site)!r})\n"
+        "for assignment in ASSIGNMENTS:\n"
+        "    for question in questions(assignment): hint(question.name)\n"
+        "from scipy.special import softmax\n"
+        "check('a1', lambda scores: softmax(scores, axis=-1))\n"
+    )
+    done = run_away(site, tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Hint 1 of ") == 24 and "a1: 3 of 3 cases hold" in done.stdout
+
+
+def test_building_and_grading_say_that_they_need_the_repository(site: Path, tmp_path: Path) -> None:
+    done = run_away(site, tmp_path, "-m", "svit_course", "build")
+    assert done.returncode == 2 and "in the repository" in done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("chapter", nbtools.chapters(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("chapter", notebooks.chapters(), ids=lambda path: path.stem)
 def test_a_chapter_alone_runs_to_its_end(site: Path, tmp_path: Path, chapter: Path) -> None:
     """One notebook file, an empty folder, the installed wheel: the stored outputs come out again."""
     if not os.environ.get("SVIT_ALONE"):

@@ -1,6 +1,6 @@
 """Take a function or a class out of a notebook's syntax tree, for the parity tests.
 
-    from notebook_functions import extract_function
+    from tests.notebooks.notebook_functions import extract_function
 
     taught = extract_function("01_attention_theory", "thresholded_softmax", {"torch": torch})
     torch.testing.assert_close(taught(scores, 0.01), svit_utils.thresholded_softmax(scores, 0.01))
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbtools
+from svit_course import notebooks
 
 
 def extract_function(
@@ -39,7 +39,7 @@ def extract_function(
     Raises:
         LookupError: the notebook does not define it, or not that often.
     """
-    path = Path(notebook) if Path(notebook).is_file() else nbtools.chapters([str(notebook)])[0]
+    path = Path(notebook) if Path(notebook).is_file() else notebooks.chapters([str(notebook)])[0]
     tree = syntax_tree(path)
     scope = dict(namespace or {})
     scope["__name__"] = f"notebook_{path.stem}"  # classes ask for it
@@ -61,7 +61,7 @@ def extract_function(
 def syntax_tree(path: Path) -> ast.Module:
     """All code cells of the notebook as one module; IPython's magics and shell lines are left out."""
     tree = ast.Module(body=[], type_ignores=[])
-    for cell in nbtools.code_cells(nbtools.read(path)):
+    for cell in notebooks.code_cells(notebooks.read(path)):
         lines = cell.source.splitlines()
         if lines and lines[0].startswith("%%"):
             continue

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-import nbtools
-from lint_notebooks import problems
+from svit_course import notebooks, stamp
+from tools import outputs
+from tools.lint_notebooks import problems
 
-CHAPTERS = nbtools.chapters()
+CHAPTERS = notebooks.chapters()
 FIRST_FIVE = [
     "01_attention_theory",
     "02_implementing_sparse_attention",
@@ -33,7 +34,7 @@ def compared_text(cell: Any) -> str:
         if output.output_type == "stream":
             texts.append(output.text)
         data = output.get("data", {})
-        if nbtools.WIDGET in data:
+        if outputs.WIDGET in data:
             continue
         texts += [str(value) for kind, value in data.items() if kind.startswith("text/")]
     return "".join(text for text in texts if not re.match(r"\s*<(Figure size|IPython\.core\.display)", text)).strip()
@@ -46,7 +47,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def notebook(path: Path) -> Any:
-    return nbtools.read(path)
+    return notebooks.read(path)
 
 
 def test_the_chapters_are_there() -> None:
@@ -59,7 +60,7 @@ def test_run_in_order_and_clean(path: Path) -> None:
 
 
 def test_half_of_the_outputs_are_compared(notebook: Any) -> None:
-    with_output = [cell for cell in nbtools.code_cells(notebook) if cell.outputs]
+    with_output = [cell for cell in notebooks.code_cells(notebook) if cell.outputs]
     compared = [cell for cell in with_output if compared_text(cell)]
     assert len(compared) >= 3
     assert len(compared) >= len(with_output) / 2, (
@@ -68,13 +69,13 @@ def test_half_of_the_outputs_are_compared(notebook: Any) -> None:
 
 
 def test_compared_cells_say_more_than_true(notebook: Any) -> None:
-    compared = [text for cell in nbtools.code_cells(notebook) if (text := compared_text(cell))]
+    compared = [text for cell in notebooks.code_cells(notebook) if (text := compared_text(cell))]
     bare = [text for text in compared if set(text.split()) <= {"True", "None", "ok", "OK"}]
     assert len(bare) <= len(compared) / 4, f"{len(bare)} of {len(compared)} compared cells print only True or OK"
 
 
 def test_no_errors_stderr_or_svg(notebook: Any) -> None:
-    for number, cell in enumerate(nbtools.code_cells(notebook), start=1):
+    for number, cell in enumerate(notebooks.code_cells(notebook), start=1):
         for output in cell.outputs:
             assert output.output_type != "error", f"code cell {number} ends in {output.get('ename')}"
             assert output.get("name") != "stderr", (
@@ -84,24 +85,24 @@ def test_no_errors_stderr_or_svg(notebook: Any) -> None:
 
 
 def test_pictures_have_alt_text(notebook: Any) -> None:
-    for number, cell in enumerate(nbtools.code_cells(notebook), start=1):
-        for kind, alt in nbtools.pictures(cell):
+    for number, cell in enumerate(notebooks.code_cells(notebook), start=1):
+        for kind, alt in outputs.pictures(cell):
             assert len(alt.split()) >= 3, f"the {kind} of code cell {number} has alt text {alt!r}"
 
 
 def test_a_picture_is_followed_by_a_checked_cell(notebook: Any) -> None:
-    cells = nbtools.code_cells(notebook)
+    cells = notebooks.code_cells(notebook)
     for number, cell in enumerate(cells):
-        if any(True for _ in nbtools.pictures(cell)):
+        if any(True for _ in outputs.pictures(cell)):
             # Two pictures may stand together; what they show is asserted in one of the next three cells, or here.
             assert any(compared_text(later) for later in cells[number : number + 4]), f"code cell {number + 1}"
 
 
 def test_head_and_sections(notebook: Any) -> None:
-    first, *_ = nbtools.code_cells(notebook)
-    assert notebook.cells[0].get("id") == nbtools.LINKS_ID
-    assert first.get("id") == nbtools.SETUP_ID
-    assert len(first.source.splitlines()) <= 5
+    first, *_ = notebooks.code_cells(notebook)
+    assert notebook.cells[0].get("id") == stamp.LINKS_ID
+    assert first.get("id") == stamp.SETUP_ID
+    assert len(first.source.splitlines()) < 12
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     headings = [heading.lower() for heading in re.findall(r"^#+\s+(.+?)\s*$", prose, flags=re.MULTILINE)]
     for section in SECTIONS:
@@ -112,4 +113,4 @@ def test_head_and_sections(notebook: Any) -> None:
 
 
 def test_a_headline_for_the_walkthrough(notebook: Any) -> None:
-    assert 10 <= len(nbtools.headline(notebook)) <= 160
+    assert 10 <= len(outputs.headline(notebook)) <= 160

@@ -5,7 +5,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from notebook_functions import extract_function
+
+from tests.notebooks.notebook_functions import extract_function
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from notebook_functions import extract_function
 
 import svit_utils
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "01_attention_theory"
 N = 197

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from notebook_functions import extract_function
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
 import svit_utils
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "02_implementing_sparse_attention"
 MODES = ("zero", "dense", "top1", "cap")

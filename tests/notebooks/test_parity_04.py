@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from notebook_functions import extract_function
 from scipy import stats
 
 from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsify, thresholded_softmax
 from svit_utils.explain import attention_maps
 from svit_utils.models import create_model
 from svit_utils.referee import mean_interval, paired_bootstrap
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "04"
 SCOPE = {

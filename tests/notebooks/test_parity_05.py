@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from notebook_functions import extract_function
 from timm.models.vision_transformer import VisionTransformer
 
 import svit_utils
@@ -22,6 +21,7 @@ from svit_utils.explain import (
     tokens_to_grid,
 )
 from svit_utils.referee import energy_in_mask, iou_at_mask_area, pointing_game
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "05_interpretability"
 NAMES = {"torch": torch, "thresholded_softmax": thresholded_softmax, "svit_utils": svit_utils}

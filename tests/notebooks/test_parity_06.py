@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from notebook_functions import extract_function
 from torch.nn import functional as F
 
 from benchmarks import tiles
 from svit_utils.attention import thresholded_attention
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "06_what_it_costs"
 

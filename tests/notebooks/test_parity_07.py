@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from notebook_functions import extract_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ from svit_utils.referee import (
     random_maps,
 )
 from svit_utils.referee.faithfulness import _squares
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "07_the_referee"
 EXACT = {"rtol": 0, "atol": 1e-12}

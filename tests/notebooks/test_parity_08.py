@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from notebook_functions import extract_function
 
 from research.study import tables
 from research.summary import difference
 from svit_utils.referee import paired_bootstrap
+from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "08"
 SIDES = ("higher", "lower", "open")

@@ -1,0 +1,35 @@
+"""For lecturers: ``python -m svit_course build`` makes the course, ``... grade`` grades what students hand in."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from svit_utils.paths import repo_root
+
+COMMANDS = {"build": "svit_course.build", "grade": "svit_course.grading.grade"}
+USAGE = """\
+usage: python -m svit_course build|grade ...
+
+  build   write what to hand out, the solutions and an nbgrader course to build/course/
+  grade   grade a folder of submissions: marks as CSV, feedback as HTML
+
+`python -m svit_course build --help` and `... grade --help` say more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in COMMANDS:
+        wanted_help = arguments[:1] in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if wanted_help else sys.stderr)
+        return 0 if wanted_help else 2
+    if repo_root() is None:
+        print("The assignments' masters are in the repository: run this there, not from a wheel.", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The two cells at the head of every notebook: where it can be opened, and the set-up that Colab needs.
+
+`tools.links` stamps them into the repository's notebooks, `svit_course.build` into those that students get.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nbformat.v4 import new_code_cell, new_markdown_cell
+
+LINKS_ID = "svit-links"
+SETUP_ID = "svit-setup"
+GITHUB = re.compile(r"github\.com[:/]+([\w.-]+)/([\w.-]+?)(?:\.git)?/?$")
+
+
+def owner_name(url: str) -> str | None:
+    """``owner/name`` of a GitHub address, or of ``owner/name`` itself; None for anything else."""
+    if found := GITHUB.search(url):
+        return f"{found.group(1)}/{found.group(2)}"
+    return url if re.fullmatch(r"[\w.-]+/[\w.-]+", url) else None
+
+
+def colab(repository: str, path: str) -> str:
+    """The address that opens a notebook of ``owner/name`` in Colab."""
+    return f"https://colab.research.google.com/github/{repository}/blob/main/{path}"
+
+
+def binder(repository: str, path: str) -> str:
+    """The address that opens a notebook of ``owner/name`` on Binder."""
+    return f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/{path}"
+
+
+_SETUP = """\
+# On Colab: installs this book's package and what it needs. Anywhere else: does nothing.
+import importlib.util, subprocess, sys
+if "google.colab" in sys.modules:
+    if importlib.util.find_spec("svit_utils") is None:
+{package}
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", package], check=True)
+    from svit_utils.colab import prepare
+    prepare()"""
+_UPLOADED = """\
+        import glob
+        package = max(glob.glob("selectivevit-*.whl"), default=None)  # uploaded beside this notebook
+        if package is None:
+            raise FileNotFoundError("Upload selectivevit-….whl (folder symbol, left), then run this cell again.")"""
+
+
+def setup_source(package: str | None) -> str:
+    """The source of the first code cell: plain Python, which prints nothing outside Colab.
+
+    Args:
+        package: what pip installs on Colab, an address; None for a wheel that the reader uploads beside the notebook.
+    """
+    return _SETUP.format(package=_UPLOADED if package is None else f'        package = "{package}"')
+
+
+def stamp_cells(notebook: Any, links: str, setup: str) -> bool:
+    """Put the two cells at the head of the notebook, or give those that are there these sources.
+
+    Args:
+        links: Markdown of the first cell.
+        setup: source of the first code cell.
+
+    Returns:
+        Whether anything changed.
+    """
+    cells = notebook.cells
+    before = [(cell.get("id"), cell.cell_type, cell.source) for cell in cells]
+    first = _take(cells, LINKS_ID) or new_markdown_cell(id=LINKS_ID)
+    code = _take(cells, SETUP_ID) or new_code_cell(id=SETUP_ID)
+    first.source, code.source = links, setup
+    cells.insert(0, first)
+    place = next((index for index, cell in enumerate(cells) if cell.cell_type == "code"), len(cells))
+    cells.insert(place, code)
+    return before != [(cell.get("id"), cell.cell_type, cell.source) for cell in cells]
+
+
+def _take(cells: list[Any], identity: str) -> Any:
+    """Take the cell of that id out of the list; None where there is none."""
+    for index, cell in enumerate(cells):
+        if cell.get("id") == identity:
+            return cells.pop(index)
+    return None
