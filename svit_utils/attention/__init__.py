@@ -1,6 +1,6 @@
 """Thresholded attention: the operator, its thresholds, the timm modules, the surgery that puts them in, the tracker."""
 
-from svit_utils.attention.formula import AttentionRecord, thresholded_softmax
+from svit_utils.attention.formula import thresholded_softmax
 from svit_utils.attention.functional import (
     attention_record,
     attention_rows,
@@ -9,13 +9,16 @@ from svit_utils.attention.functional import (
     thresholded_attention,
 )
 from svit_utils.attention.module import SparseAttention, SparseAttentionMixin, SparseAttentionRope, SparseEvaAttention
-from svit_utils.attention.normalisers import ALTERNATIVES, AlternativeAttention, use_alternative
+from svit_utils.attention.normalisers import NORMALISERS, Normaliser
+from svit_utils.attention.record import AttentionRecord
 from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.surgery import (
     LayerReport,
     SparsifyReport,
     densify,
+    describe_sparsity,
     learnable_thresholds,
+    restore_sparsity,
     sparse_modules,
     sparsified,
     sparsify,
@@ -31,14 +34,14 @@ from svit_utils.attention.thresholds import (
 from svit_utils.attention.tracker import TokenSparsityTracker, TrackerSummary
 
 __all__ = [
-    "ALTERNATIVES",
     "EMPTY_ROWS",
-    "AlternativeAttention",
+    "NORMALISERS",
     "AttentionRecord",
     "AttentionRows",
     "FixedThreshold",
     "LayerReport",
     "LearnableThreshold",
+    "Normaliser",
     "RelativeThreshold",
     "SparseAttention",
     "SparseAttentionMixin",
@@ -54,11 +57,12 @@ __all__ = [
     "backend_for",
     "backends",
     "densify",
+    "describe_sparsity",
     "learnable_thresholds",
+    "restore_sparsity",
     "sparse_modules",
     "sparsified",
     "sparsify",
     "thresholded_attention",
     "thresholded_softmax",
-    "use_alternative",
 ]

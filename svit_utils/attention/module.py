@@ -12,43 +12,57 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svit_utils.attention.formula import AttentionRecord
-from svit_utils.attention.functional import attention_record, attention_rows, check_backend, thresholded_attention
+from svit_utils.attention.call import check_shapes
+from svit_utils.attention.functional import attention_rows, check_backend, thresholded_attention
+from svit_utils.attention.normalisers import Normaliser, ThresholdedSoftmax, as_normaliser
+from svit_utils.attention.record import AttentionRecord, attend
 from svit_utils.attention.rows import AttentionRows
-from svit_utils.attention.thresholds import Threshold, ThresholdLike, as_threshold, check_empty_rows
+from svit_utils.attention.thresholds import Threshold, ThresholdLike
 
 Observer = Callable[["SparseAttentionMixin", AttentionRecord], None]
 RowObserver = Callable[["SparseAttentionMixin", AttentionRows], None]
 
 
 class SparseAttentionMixin(nn.Module):
-    """What the three timm modules below share: the cut, its settings, and observers that see every call.
+    """What the three timm modules below share: a normaliser, and observers that see every call.
+
+    As in timm, ``fused_attn`` says how attention is computed. Fused, the fast backends never form the weights. Unfused
+    (``timm.layers.set_fused_attn(False)`` before the model is made, or ``module.fused_attn = False``), the weights that
+    are multiplied with V pass through ``self.attn_drop``, where hooks and timm's ``AttentionExtract`` look for them.
 
     Attributes:
-        threshold: `Threshold`; as a child module it follows the model's device.
-        empty_rows: what a query gets when no key survives, see `thresholded_softmax`.
-        backend: ``"auto"`` or a name from `svit_utils.attention.functional.backends`.
+        normaliser: makes weights of scores, see `svit_utils.attention.normalisers`.
+        threshold: the normaliser's `Threshold`, or None; as a child module it follows the model's device.
+        backend: ``"auto"`` or a name from `svit_utils.attention.functional.backends`; used where attention is fused.
         observers: callables ``f(module, record)`` called with the `AttentionRecord` of each forward pass. A record
-            holds whole maps, so the reference computes it, and the output with it.
+            holds whole maps, so it is computed unfused, and the output with it.
         row_observers: callables ``f(module, rows)`` called with `AttentionRows`, which every backend provides.
     """
 
     dense_class: type[nn.Module]  # the timm class this one stands in for
-    threshold: Threshold
-    empty_rows: str
+    normaliser: Normaliser
+    threshold: Threshold | None
     backend: str
     observers: list[Observer]
     row_observers: list[RowObserver]
 
-    def set_sparsity(self, threshold: ThresholdLike, empty_rows: str = "dense", backend: str = "auto") -> None:
-        """Set the three settings, checked; the module gets its own copy of ``threshold`` unless that is shared."""
-        check_empty_rows(empty_rows)
+    @property
+    def empty_rows(self) -> str:
+        """What a query gets when no key survives, see `thresholded_softmax`."""
+        return self.normaliser.empty_rows
+
+    def set_normaliser(self, normaliser: Normaliser, backend: str = "auto") -> None:
+        """Use ``normaliser`` from now on; the module gets its own copy, with a threshold that all layers may share.
+
+        Raises:
+            ValueError: an unknown backend, or a threshold per head with another number of heads.
+        """
         check_backend(backend)
-        self.threshold = as_threshold(threshold).for_heads(cast(int, self.num_heads))
+        own = normaliser.for_heads(cast(int, self.num_heads))
         parameter = next(self.parameters(), None)
-        if parameter is not None:
-            self.threshold.to(parameter.device)
-        self.empty_rows, self.backend = empty_rows, backend
+        if parameter is not None and own.threshold is not None:
+            own.threshold.to(parameter.device)
+        self.normaliser, self.threshold, self.backend = own, own.threshold, backend
         if "observers" not in self.__dict__:
             self.observers, self.row_observers = [], []
 
@@ -56,37 +70,102 @@ class SparseAttentionMixin(nn.Module):
         # Observers watch this module, not its copies: without this, deepcopy and pickle would take them along.
         return {**self.__dict__, "observers": [], "row_observers": []}
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """[B, H, N, D] each to [B, H, N, D]: the one line in which this module differs from timm's."""
-        settings: dict[str, Any] = {
-            "scale": self.scale,
-            "attn_mask": attn_mask,
-            "is_causal": is_causal,
-            "dropout_p": cast(nn.Dropout, self.attn_drop).p if self.training else 0.0,
-            "empty_rows": self.empty_rows,
-        }
-        if self.observers:
-            record = attention_record(q, k, v, self.threshold, **settings)
-            for observer in self.observers:
-                observer(self, record)
-            if self.row_observers:
-                with torch.no_grad():
-                    self._show(AttentionRows.of(record))
-            return record.out
-        settings["backend"] = self.backend
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """[B, H, N, D] each to [B, H, N, D]: what stands in the place of timm's softmax(Q K^T) V."""
+        masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+        if self.fused_attn and not self.observers and type(self.normaliser) is ThresholdedSoftmax:
+            return self._attend_fused(q, k, v, masks)
+        check_shapes(q, k, v, attn_mask, is_causal)
+        dropout = cast(nn.Module, self.attn_drop)
+        record = attend(q, k, v, self.normaliser, scale=cast(float, self.scale), dropout=dropout, **masks)  # type: ignore[arg-type]
+        for observer in self.observers:
+            observer(self, record)
         if self.row_observers:
-            out, rows = attention_rows(q, k, v, self.threshold, **settings)
-            self._show(rows)
-            return out
-        return cast(Tensor, thresholded_attention(q, k, v, self.threshold, **settings))
+            with torch.no_grad():
+                self._show(AttentionRows.from_record(record))
+        return record.out
+
+    def _attend_fused(self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Any]) -> Tensor:
+        options = {
+            "scale": self.scale,
+            "dropout_p": getattr(self.attn_drop, "p", 0.0) if self.training else 0.0,
+            "empty_rows": self.empty_rows,
+            "backend": self.backend,
+            **masks,
+        }
+        if not self.row_observers:
+            return cast(Tensor, thresholded_attention(q, k, v, cast(Threshold, self.threshold), **options))
+        out, rows = attention_rows(q, k, v, cast(Threshold, self.threshold), **options)
+        self._show(rows)
+        return out
 
     def _show(self, rows: AttentionRows) -> None:
         for observer in self.row_observers:
             observer(self, rows)
 
-    def _sparse_forward(self, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _output(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """[B, H, N, D] to [B, N, C]: join the heads, norm, gate, project."""
+        x = self.norm(x.transpose(1, 2).flatten(2))  # [B, N, H * D]
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))  # [B, N, C]
+
+    def _gate(self, x: Tensor) -> Tensor | None:
+        """The factor [B, N, H * D] of timm's gated attention; None for most models."""
         gate = getattr(self, "gate", None)  # absent from older timm
-        gate = gate(x).sigmoid() if gate is not None else None  # [B, N, H * D]
+        return None if gate is None else gate(x).sigmoid()
+
+    def extra_repr(self) -> str:
+        return f"normaliser={self.normaliser!r}, backend={self.backend!r}"
+
+
+class SparseAttention(SparseAttentionMixin, Attention):
+    """`timm.layers.Attention` with thresholded attention; usable as ``attn_layer`` of timm's VisionTransformer.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: number of heads.
+        threshold: tau in [0, 1), a tensor [H], or a threshold object.
+        empty_rows: what a query gets when no key survives, see `thresholded_softmax`.
+        backend: see `thresholded_attention`.
+        normaliser: a name or object in place of the thresholded softmax, see `sparsify`.
+        **kwargs: those of timm's ``Attention``.
+
+    Raises:
+        ValueError: a setting out of range, see `thresholded_softmax`.
+    """
+
+    dense_class = Attention
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        threshold: ThresholdLike = 0.01,
+        empty_rows: str = "dense",
+        backend: str = "auto",
+        normaliser: str | object = "thresholded",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, **kwargs)
+        self.set_normaliser(as_normaliser(normaliser, threshold, empty_rows), backend)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, N, C] to [B, N, C]; masks as in `thresholded_attention`."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, N, D]
+        q, k, v = qkv.unbind(0)  # [B, H, N, D] each
+        q, k = self.q_norm(q), self.k_norm(k)
+        return self._output(self.attend(q, k, v, attn_mask, is_causal), self._gate(x))
+
+
+class _RotaryMixin(SparseAttentionMixin):
+    """What timm's two attention modules with rotary position embeddings have in common."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, C] to [B, N, C]; ``rope`` as in timm, masks as in `thresholded_attention`."""
         q, k, v = self._project(x)  # [B, H, N, D] each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -94,11 +173,7 @@ class SparseAttentionMixin(nn.Module):
         groups = cast(int, getattr(self, "num_kv_groups", 1))
         if groups > 1:  # grouped-query attention: head h reads key-value head h // groups
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        x = self._attend(q, k, v, attn_mask, is_causal)  # [B, H, N, D]
-        x = self.norm(x.transpose(1, 2).flatten(2))  # [B, N, H * D]
-        if gate is not None:
-            x = x * gate
-        return self.proj_drop(self.proj(x))  # [B, N, C]
+        return self._output(self.attend(q, k, v, attn_mask, is_causal), self._gate(x))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, C] to q, k, v of [B, H, N, D], from one fused or three separate projections."""
@@ -116,62 +191,17 @@ class SparseAttentionMixin(nn.Module):
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         """Rotary embedding on the patch tokens of [B, H, N, D]; prefix tokens have no position."""
-        prefix = cast(int, self.num_prefix_tokens)
-        half = bool(getattr(self, "rotate_half", False))
+        prefix, half = cast(int, self.num_prefix_tokens), bool(getattr(self, "rotate_half", False))
         return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)], dim=2)
 
-    def extra_repr(self) -> str:
-        return f"empty_rows={self.empty_rows!r}, backend={self.backend!r}"
 
-
-class SparseAttention(SparseAttentionMixin, Attention):
-    """`timm.layers.Attention` with thresholded attention; usable as ``attn_layer`` of timm's VisionTransformer.
-
-    Args:
-        dim: width of the tokens.
-        num_heads: number of heads.
-        threshold: tau in [0, 1), a tensor [H], or a threshold object.
-        empty_rows: what a query gets when no key survives, see `thresholded_softmax`.
-        backend: see `thresholded_attention`.
-        **kwargs: those of timm's ``Attention``.
-
-    Raises:
-        ValueError: a setting out of range, see `thresholded_softmax`.
-    """
-
-    dense_class = Attention
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        *,
-        threshold: ThresholdLike = 0.01,
-        empty_rows: str = "dense",
-        backend: str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(dim, num_heads, **kwargs)
-        self.set_sparsity(threshold, empty_rows, backend)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, N, C] to [B, N, C]; masks as in `thresholded_attention`."""
-        return self._sparse_forward(x, None, attn_mask, is_causal)
-
-
-class SparseAttentionRope(SparseAttentionMixin, AttentionRope):
+class SparseAttentionRope(_RotaryMixin, AttentionRope):
     """`timm.layers.AttentionRope` with thresholded attention. Made by `sparsify`."""
 
     dense_class = AttentionRope
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """[B, N, C] to [B, N, C]; ``rope`` as in timm."""
-        return self._sparse_forward(x, rope, attn_mask, is_causal)
 
-
-class SparseEvaAttention(SparseAttentionMixin, EvaAttention):
+class SparseEvaAttention(_RotaryMixin, EvaAttention):
     """`timm.models.eva.EvaAttention` with thresholded attention. Made by `sparsify`."""
 
     dense_class = EvaAttention
@@ -183,12 +213,6 @@ class SparseEvaAttention(SparseAttentionMixin, EvaAttention):
         if self.qkv_bias_separate:
             return self.qkv(x) + bias
         return F.linear(x, self.qkv.weight, bias)
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """[B, N, C] to [B, N, C]; ``rope`` as in timm."""
-        return self._sparse_forward(x, rope, attn_mask, is_causal)
 
 
 SPARSE_CLASSES: dict[type[nn.Module], type[SparseAttentionMixin]] = {

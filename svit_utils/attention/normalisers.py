@@ -1,44 +1,46 @@
-"""Other ways to be sparse, as controls: hard cut, top-k, entmax15 and sparsemax in place of the thresholded softmax.
+"""What turns attention scores into attention weights: the thresholded softmax, and the controls it is compared with.
 
-If the thresholded softmax is good for something, it has to be better than these at it. Each is a function from the
-logits [..., N, M] to weights whose rows sum to 1, and `use_alternative` puts one into a timm model.
+If the thresholded softmax is good for something, it has to be better than these at it. Each is a function of the scores
+[..., N, M], and a class of the same name that holds its settings. To add one, write a class with `weights` and one line
+in `NORMALISERS`: then `sparsify`, the tracker, the explanations, saving and loading know it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from timm.layers.attention import Attention
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from svit_utils.attention.formula import AttentionRecord, no_autocast, statistics_dtype
-from svit_utils.attention.module import SPARSE_CLASSES, SparseAttention
-from svit_utils.attention.rows import AttentionRows
-from svit_utils.attention.surgery import Layer, SparsifyReport, sparse_modules, sparsify
-from svit_utils.attention.thresholds import ThresholdLike
-
-__all__ = ["ALTERNATIVES", "AlternativeAttention", "entmax15", "hard_cut", "sparsemax", "top_k", "use_alternative"]
+from svit_utils.attention.formula import cut_and_renormalise, effective_tau, renormalise
+from svit_utils.attention.thresholds import THRESHOLDS, Threshold, ThresholdLike, as_threshold, check_empty_rows
 
 # Sorting all 197 keys of a row would be most of the work; a row with more survivors than this is sorted whole.
 _SORTED_KEYS = 64
+# A masked key's distance below its row's largest score, far enough for entmax15 and sparsemax to give it 0, and finite.
+_MASKED = 16.0
 
 
-def hard_cut(scores: Tensor, tau: float | Tensor = 0.01) -> Tensor:
-    """p 1[p > tau] / sum: the survivors keep their ratios, where the thresholded softmax takes tau from each.
-
-    A row in which no key exceeds tau keeps its plain softmax (``empty_rows="dense"``).
-    """
+def hard_cut(scores: Tensor, tau: Tensor | float = 0.01, empty_rows: str = "dense") -> Tensor:
+    """p 1[p > tau] / sum: the survivors keep their ratios, where the thresholded softmax takes tau from each."""
     probs = scores.softmax(dim=-1)
-    kept = probs * (probs > tau)
-    total = kept.sum(dim=-1, keepdim=True)
-    empty = total == 0
-    return torch.where(empty, probs, kept / total.masked_fill(empty, 1.0))
+    return renormalise(probs * (probs > effective_tau(probs, tau, empty_rows)), probs, empty_rows)
+
+
+def clipped_softmax(scores: Tensor, tau: Tensor | float = 0.01) -> Tensor:
+    """ReLU(p - tau) / (1 - tau): clipped softmax (Bondarenko et al. 2023, arXiv:2306.12929, equation 4).
+
+    It is clip((zeta - gamma) p + gamma, 0, 1) with zeta = 1 and gamma = -tau / (1 - tau), which cuts exactly the keys
+    that the thresholded softmax cuts, and does not renormalise: a row sums to less than 1, an empty row to 0.
+    """
+    return (scores.softmax(dim=-1) - tau).relu() / (1 - tau)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Softmax over the ``k`` largest scores of each row, whatever they are."""
+    """Softmax over the ``k`` largest scores of each row, whatever they are (as in KVT, arXiv:2106.00515)."""
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k must lie in 1 to the number of keys, {scores.shape[-1]}, got {k}")
     values, index = scores.topk(k, dim=-1)
@@ -47,15 +49,15 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 def entmax15(scores: Tensor) -> Tensor:
     """1.5-entmax (Peters, Niculae and Martins 2019, arXiv:1905.05702), by the authors' package ``entmax``."""
-    return _entmax().entmax15(scores, dim=-1, k=min(_SORTED_KEYS, scores.shape[-1]))
+    return _entmax().entmax15(_finite(scores), dim=-1, k=min(_SORTED_KEYS, scores.shape[-1]))
 
 
 def sparsemax(scores: Tensor) -> Tensor:
     """The Euclidean projection onto the simplex (Martins and Astudillo 2016, arXiv:1602.02068), by ``entmax``."""
-    return _entmax().sparsemax(scores, dim=-1, k=min(_SORTED_KEYS, scores.shape[-1]))
+    return _entmax().sparsemax(_finite(scores), dim=-1, k=min(_SORTED_KEYS, scores.shape[-1]))
 
 
-def _entmax():  # type: ignore[no-untyped-def]
+def _entmax() -> Any:
     try:
         import entmax
     except ImportError as error:
@@ -63,108 +65,247 @@ def _entmax():  # type: ignore[no-untyped-def]
     return entmax
 
 
-# Name -> the setting it takes (None: it has none) and its default.
-ALTERNATIVES: dict[str, tuple[str | None, float | None]] = {
-    "hard_cut": ("tau", 0.01),
-    "top_k": ("k", 21),
-    "entmax15": (None, None),
-    "sparsemax": (None, None),
+def _finite(scores: Tensor) -> Tensor:
+    """Masked keys at -inf brought to a finite score, which is still too low to get any weight."""
+    lowest = scores.detach().amax(dim=-1, keepdim=True) - _MASKED
+    return torch.where(scores == -torch.inf, lowest, scores)
+
+
+class Normaliser:
+    """Base of the normalisers: `weights` of scores. A subclass may hold a `Threshold` under the name ``threshold``.
+
+    One with parameters of its own is a subclass of ``nn.Module`` too.
+    """
+
+    threshold: Threshold | None = None
+    empty_rows = "dense"
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Scores [B, H, N, M] to attention weights of the same shape; masked keys are at -inf, but not all of a row."""
+        raise NotImplementedError
+
+    def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
+        """The probability that each row was cut at, broadcastable to [B, H, N, 1]: a key survives where p is larger.
+
+        Unless a subclass knows better, the largest probability that got no weight: right for every normaliser that
+        keeps the largest keys of a row.
+        """
+        return scores.softmax(dim=-1).masked_fill(weights != 0, 0.0).amax(dim=-1, keepdim=True)
+
+    def for_heads(self, num_heads: int) -> Normaliser:
+        """What a layer of ``num_heads`` heads holds: a copy, whose threshold is a copy unless all layers share it.
+
+        Raises:
+            ValueError: a threshold per head with another number of heads.
+        """
+        if self.threshold is None:
+            return copy.deepcopy(self)
+        return copy.deepcopy(self, {id(self.threshold): self.threshold.for_heads(num_heads)})
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments besides the threshold, as JSON takes them."""
+        return {}
+
+    def __repr__(self) -> str:
+        parts = [] if self.threshold is None else [repr(self.threshold)]
+        parts += [f"{name}={value!r}" for name, value in self.settings().items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class _WithThreshold(Normaliser):
+    """A normaliser that cuts at tau."""
+
+    threshold: Threshold
+
+    def __init__(self, threshold: ThresholdLike = 0.01) -> None:
+        self.threshold = as_threshold(threshold)
+
+    def tau(self, scores: Tensor) -> Tensor:
+        """Tau for scores [B, H, N, M], broadcastable to [B, H, N, 1]."""
+        if not self.threshold.counts_keys:
+            return self.threshold(scores.shape[-1])
+        return self.threshold((scores != -torch.inf).sum(dim=-1, keepdim=True))
+
+    def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
+        return effective_tau(scores.softmax(dim=-1), self.tau(scores), self.empty_rows)
+
+
+class _WithEmptyRows(_WithThreshold):
+    """A normaliser that cuts at tau and renormalises, so that a row without a survivor needs a rule.
+
+    Args:
+        threshold: tau in [0, 1), a tensor [H], or a threshold object.
+        empty_rows: see `svit_utils.attention.formula.thresholded_softmax`.
+    """
+
+    def __init__(self, threshold: ThresholdLike = 0.01, empty_rows: str = "dense") -> None:
+        check_empty_rows(empty_rows)
+        super().__init__(threshold)
+        self.empty_rows = empty_rows
+
+    def settings(self) -> dict[str, Any]:
+        return {"empty_rows": self.empty_rows}
+
+
+class ThresholdedSoftmax(_WithEmptyRows):
+    """R / sum(R) with R = ReLU(softmax(scores) - tau): the method itself, and the only one with fast backends."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return cut_and_renormalise(scores.softmax(dim=-1), self.tau(scores), self.empty_rows)
+
+
+class HardCut(_WithEmptyRows):
+    """`hard_cut` as a normaliser."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return hard_cut(scores, self.tau(scores), self.empty_rows)
+
+
+class ClippedSoftmax(_WithThreshold):
+    """`clipped_softmax` as a normaliser; ``threshold`` as in `ThresholdedSoftmax`."""
+
+    empty_rows = "zero"
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return clipped_softmax(scores, self.tau(scores))
+
+
+class TopK(Normaliser):
+    """`top_k` as a normaliser.
+
+    Args:
+        k: keys kept per query; 21 by default, the share of 197 keys that tau = 0.01 leaves in a fine-tuned model.
+
+    Raises:
+        ValueError: k is not a whole number of at least 1.
+    """
+
+    def __init__(self, k: int = 21) -> None:
+        if isinstance(k, bool) or int(k) != k or k < 1:
+            raise ValueError(f"k must be a whole number of at least 1, got {k!r}")
+        self.k = int(k)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return top_k(scores, self.k)
+
+    def settings(self) -> dict[str, Any]:
+        return {"k": self.k}
+
+
+class Entmax15(Normaliser):
+    """`entmax15` as a normaliser. Raises ImportError where the package ``entmax`` is missing."""
+
+    def __init__(self) -> None:
+        _entmax()
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return entmax15(scores)
+
+
+class Sparsemax(Normaliser):
+    """`sparsemax` as a normaliser. Raises ImportError where the package ``entmax`` is missing."""
+
+    def __init__(self) -> None:
+        _entmax()
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return sparsemax(scores)
+
+
+# Name -> class; the names that ``sparsify(model, normaliser=...)`` takes.
+NORMALISERS: dict[str, type[Normaliser]] = {
+    "thresholded": ThresholdedSoftmax,
+    "hard_cut": HardCut,
+    "clipped": ClippedSoftmax,
+    "topk": TopK,
+    "entmax15": Entmax15,
+    "sparsemax": Sparsemax,
 }
 
 
-class AlternativeAttention(SparseAttention):
-    """`timm.layers.Attention` with another normaliser of the logits. Made by `use_alternative`.
-
-    Observers see the same `AttentionRecord` as under the thresholded softmax. All of `ALTERNATIVES` keep a row's
-    largest keys, so the record's ``tau`` is the largest probability that got no weight.
-    """
-
-    normaliser: str
-    setting: float | None
-
-    def set_sparsity(self, threshold: ThresholdLike, empty_rows: str = "dense", backend: str = "auto") -> None:
-        """What `sparsify` calls: the thresholded softmax again."""
-        self.__class__ = SparseAttention  # type: ignore[assignment]
-        del self.normaliser, self.setting
-        self.set_sparsity(threshold, empty_rows, backend)
-
-    def weights(self, scores: Tensor) -> Tensor:
-        """Logits [..., N, M] to weights [..., N, M]."""
-        if self.normaliser == "hard_cut":
-            return hard_cut(scores, self.threshold(scores.shape[-1]))  # tau may be warming up
-        if self.normaliser == "top_k":
-            return top_k(scores, int(self.setting or 0))
-        return {"entmax15": entmax15, "sparsemax": sparsemax}[self.normaliser](scores)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if attn_mask is not None or is_causal:
-            raise ValueError("the alternatives to the thresholded softmax take no mask")
-        with no_autocast(q.device.type):
-            dtype = statistics_dtype(q)
-            scores = (q.to(dtype) * self.scale) @ k.to(dtype).transpose(-2, -1)  # [B, H, N, M]
-            weights = F.dropout(self.weights(scores), self.attn_drop.p if self.training else 0.0)  # type: ignore[arg-type]
-            out = (weights @ v.to(dtype)).to(v.dtype)  # [B, H, N, D]
-        if self.observers or self.row_observers:
-            with torch.no_grad():
-                probs = scores.softmax(dim=-1)
-                record = AttentionRecord(out, weights, probs, self._cut_at(probs, weights), None, v)
-                for observer in self.observers:
-                    observer(self, record)
-                if self.row_observers:
-                    self._show(AttentionRows.of(record))
-        return out
-
-    def _cut_at(self, probs: Tensor, weights: Tensor) -> Tensor:
-        """The probability that each row was cut at, broadcastable to [B, H, N, 1]."""
-        if self.normaliser == "hard_cut":
-            return self.threshold(probs.shape[-1])  # a row without a survivor fell back: no weight of it is zero
-        return probs.masked_fill(weights != 0, 0.0).amax(dim=-1, keepdim=True)
-
-    def extra_repr(self) -> str:
-        return f"normaliser={self.normaliser!r}, setting={self.setting!r}"
-
-
-def use_alternative(
-    model: nn.Module,
-    name: str,
-    *,
-    tau: ThresholdLike | None = None,
-    k: int | None = None,
-    layers: Iterable[Layer] | None = None,
-) -> SparsifyReport:
-    """Convert the model's self-attention to one of `ALTERNATIVES`, in place; `densify` undoes it.
+def as_normaliser(normaliser: str | object, threshold: ThresholdLike = 0.01, empty_rows: str = "dense") -> Normaliser:
+    """The normaliser that `sparsify` was asked for.
 
     Args:
-        model: a timm model using ``timm.layers.Attention``.
-        name: ``"hard_cut"``, ``"top_k"``, ``"entmax15"`` or ``"sparsemax"``.
-        tau: for ``"hard_cut"``, 0.01 by default.
-        k: for ``"top_k"``, 21 by default: the share of 197 keys that tau = 0.01 leaves in a fine-tuned model.
-        layers: as in `sparsify`.
-
-    Returns:
-        The report of `sparsify`.
+        normaliser: a name in `NORMALISERS`, or an object with a method ``weights(scores)``.
+        threshold, empty_rows: given to a named normaliser that takes them; otherwise they must be left at their
+            defaults.
 
     Raises:
-        ValueError: unknown name, a setting that the alternative does not have or out of range, unsupported attention.
+        ValueError: unknown name, an object without ``weights``, a setting out of range or that is not taken.
     """
-    if name not in ALTERNATIVES:
-        raise ValueError(f"unknown alternative {name!r}: allowed are {', '.join(map(repr, ALTERNATIVES))}")
-    takes, default = ALTERNATIVES[name]
-    for option, value in (("tau", tau), ("k", k)):
-        if value is not None and option != takes:
-            raise ValueError(f"{name} takes no {option}")
-    if k is not None and (isinstance(k, bool) or int(k) != k or k < 1):
-        raise ValueError(f"k must be a whole number of at least 1, got {k!r}")
-    threshold: ThresholdLike = (tau if tau is not None else float(default or 0)) if takes == "tau" else 0.0
-    if name in ("entmax15", "sparsemax"):
-        _entmax()
-    for module_name, module in model.named_modules():
-        if isinstance(module, tuple(SPARSE_CLASSES)) and not isinstance(module, Attention):
-            raise ValueError(f"{module_name} is a {type(module).__name__}: alternatives replace timm's Attention only")
-    report = sparsify(model, threshold, layers=layers)
-    modules = sparse_modules(model)
-    for module_name in report.converted:
-        module = modules[module_name]
-        module.__class__ = AlternativeAttention
-        module.normaliser, module.setting = name, (k if k is not None else default) if takes == "k" else None
-    return report
+    check_empty_rows(empty_rows)
+    given: dict[str, Any] = {"threshold": as_threshold(threshold), "empty_rows": empty_rows}
+    usual = {"threshold": isinstance(threshold, float) and threshold == 0.01, "empty_rows": empty_rows == "dense"}
+    if isinstance(normaliser, str):
+        if normaliser not in NORMALISERS:
+            raise ValueError(f"unknown normaliser {normaliser!r}: allowed are {', '.join(map(repr, NORMALISERS))}")
+        cls = NORMALISERS[normaliser]
+        takes = [name for name in given if name in inspect.signature(cls).parameters]
+        found, label = cls(**{name: given[name] for name in takes}), f"normaliser {normaliser!r}"
+    elif callable(getattr(normaliser, "weights", None)):
+        takes, label = [], "a normaliser object"
+        found = normaliser if isinstance(normaliser, Normaliser) else _Given(normaliser)
+    else:
+        raise ValueError(
+            f"normaliser must be one of {', '.join(map(repr, NORMALISERS))} or an object with weights(scores), "
+            f"got {normaliser!r}"
+        )
+    for name, is_usual in usual.items():
+        if name not in takes and not is_usual:
+            raise ValueError(f"{label} takes no {name} from sparsify: leave it out")
+    return found
+
+
+class _Given(Normaliser):
+    """Any object with ``weights(scores)``, as a normaliser."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return self.given.weights(scores)
+
+    def __repr__(self) -> str:
+        return repr(self.given)
+
+
+def describe(normaliser: Normaliser) -> dict[str, Any]:
+    """Name, settings and threshold as JSON takes them; `from_description` makes the normaliser again.
+
+    Raises:
+        ValueError: its class, or its threshold's, is in no registry, so that nobody could make it again.
+    """
+    found: dict[str, Any] = {"name": _name_of(normaliser, NORMALISERS, "NORMALISERS"), **normaliser.settings()}
+    if (threshold := normaliser.threshold) is not None:
+        kind = _name_of(threshold, THRESHOLDS, "THRESHOLDS")
+        found["threshold"] = {"kind": kind, **threshold.settings(), "warmup": float(threshold.warmup)}
+    return found
+
+
+def from_description(description: Mapping[str, Any]) -> Normaliser:
+    """The normaliser that `describe` described; a learned tau gets its start value, which a state_dict replaces.
+
+    Raises:
+        ValueError: an unknown name or kind, or a setting out of range.
+    """
+    settings = dict(description)
+    name, threshold = settings.pop("name"), settings.pop("threshold", None)
+    if name not in NORMALISERS:
+        raise ValueError(f"unknown normaliser {name!r}: allowed are {', '.join(map(repr, NORMALISERS))}")
+    if threshold is not None:
+        values = dict(threshold)
+        kind, warmup = values.pop("kind"), values.pop("warmup", 1.0)
+        if kind not in THRESHOLDS:
+            raise ValueError(f"unknown kind of threshold {kind!r}: allowed are {', '.join(map(repr, THRESHOLDS))}")
+        settings["threshold"] = THRESHOLDS[kind](**values).set_warmup(warmup)
+    return NORMALISERS[name](**settings)
+
+
+def _name_of(thing: object, registry: Mapping[str, type], registry_name: str) -> str:
+    for name, cls in registry.items():
+        if type(thing) is cls:
+            return name
+    raise ValueError(
+        f"{type(thing).__name__} is not in {registry_name}, so it cannot be saved by name: add it there first"
+    )

@@ -1,4 +1,4 @@
-"""What one attention call did to each query, in a few numbers: all a tracker needs, and no map."""
+"""Statistics of one attention call, a few numbers per query: all that a tracker needs, without the N x M map."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svit_utils.attention.formula import AttentionRecord
+from svit_utils.attention.record import AttentionRecord, effective_support
 
 
 @dataclass(frozen=True)
 class AttentionRows:
     """Per-query statistics [B, H, N]; ``valid`` marks queries with at least one allowed key."""
 
-    kept: Tensor  # survivors
-    keys: Tensor  # allowed keys
-    zeros: Tensor  # exact zeros among the applied weights of allowed keys
-    mass: Tensor  # sum of p over the survivors
+    kept: Tensor  # number of survivors
+    keys: Tensor  # number of allowed keys
+    zeros: Tensor  # number of allowed keys whose weight is exactly 0
+    mass: Tensor  # sum of the probabilities of the survivors
     support: Tensor  # 1 / sum(A^2), 0 for a zero row
     valid: Tensor
 
     @classmethod
-    def of(cls, record: AttentionRecord) -> AttentionRows:
+    def from_record(cls, record: AttentionRecord) -> AttentionRows:
         """Reduce an `AttentionRecord` over its keys."""
         survives = record.probs > record.tau  # [B, H, N, M]
         zero = record.weights == 0
@@ -32,15 +32,16 @@ class AttentionRows:
             allowed = record.allowed.expand_as(zero)
             survives, zero = survives & allowed, zero & allowed
             keys = allowed.sum(dim=-1)
-        squares = record.weights.square().sum(dim=-1)
-        support = torch.where(squares > 0, 1 / squares, 0.0)
-        kept = survives.sum(dim=-1)
         mass = (record.probs * survives).sum(dim=-1)
-        return cls(kept, keys, zero.sum(dim=-1), mass, support, keys > 0)
+        support = effective_support(record.weights)
+        return cls(survives.sum(dim=-1), keys, zero.sum(dim=-1), mass, support, keys > 0)
 
     @classmethod
-    def of_statistics(cls, statistics: Tensor, keys: int | Tensor) -> AttentionRows:
-        """From the numbers [B, H, N, 4] of a fast backend and the allowed keys, broadcastable to [B, H, N, 1]."""
+    def from_statistics(cls, statistics: Tensor, keys: int | Tensor) -> AttentionRows:
+        """From what a fast backend reports of each row, [B, H, N, 4]: survivors, their mass, non-zero weights, support.
+
+        ``keys``: the number of allowed keys, broadcastable to [B, H, N, 1].
+        """
         kept, mass, nonzero, support = statistics.unbind(-1)
         kept, nonzero = kept.long(), nonzero.long()
         keys = torch.as_tensor(keys, device=kept.device)
@@ -48,5 +49,5 @@ class AttentionRows:
         return cls(kept, keys, keys - nonzero, mass, support, keys > 0)
 
     def first(self) -> AttentionRows:
-        """The first query alone, where the class token stands."""
+        """The statistics of the first query alone, the class token in models that have one."""
         return AttentionRows(*(getattr(self, f)[:, :, :1] for f in self.__dataclass_fields__))

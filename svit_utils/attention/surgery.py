@@ -16,21 +16,27 @@ from torch import nn
 
 from svit_utils.attention.functional import check_backend
 from svit_utils.attention.module import SPARSE_CLASSES, SparseAttentionMixin
-from svit_utils.attention.thresholds import LearnableThreshold, ThresholdLike, as_threshold, check_empty_rows
+from svit_utils.attention.normalisers import (
+    Normaliser,
+    ThresholdedSoftmax,
+    as_normaliser,
+    describe,
+    from_description,
+)
+from svit_utils.attention.thresholds import LearnableThreshold, ThresholdLike
 
 Layer = int | str
 
 _SUPPORTED = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SPARSE_CLASSES)
 _ATTENTION_NAME = re.compile(r"att(entio)?n|parallelscaling|^xca$", re.IGNORECASE)
 _POOLING_NAME = re.compile(r"pool", re.IGNORECASE)
-# What a sparse module has beyond its dense twin, except for its threshold, a child module.
-_SETTINGS = ("empty_rows", "backend", "normaliser", "setting")
-_SPARSE_ATTRIBUTES = (*_SETTINGS, "observers", "row_observers", "_dense_class")
+# What a sparse module has and its dense twin has not.
+_SPARSE_ATTRIBUTES = ("normaliser", "threshold", "backend", "observers", "row_observers", "_dense_class")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention module: its name, class, whether it was converted, and its threshold or why it was left."""
+    """One attention module: its name, class, whether it was converted, and its normaliser or why it was left."""
 
     name: str
     class_name: str
@@ -70,8 +76,13 @@ def sparsify(
     layers: Iterable[Layer] | None = None,
     empty_rows: str = "dense",
     backend: str = "auto",
+    normaliser: str | object = "thresholded",
 ) -> SparsifyReport:
     """Convert the model's self-attention to thresholded attention, in place.
+
+    Where timm's attention is not fused (``timm.layers.set_fused_attn(False)`` before the model is made), the weights
+    that are multiplied with V pass through each module's ``attn_drop``, as in a dense timm model: forward hooks,
+    backward hooks, timm's ``AttentionExtract(method="hook")`` and tools built on them see the sparse weights.
 
     Args:
         model: a timm model using ``Attention``, ``AttentionRope`` or ``EvaAttention`` (ViT, DeiT, DINOv2, SigLIP,
@@ -82,6 +93,9 @@ def sparsify(
             ``"blocks.3.attn"``); all if None.
         empty_rows: what a query gets when no key survives, see `thresholded_softmax`.
         backend: see `thresholded_attention`.
+        normaliser: what makes weights of scores: ``"thresholded"``, or one to compare it with: ``"hard_cut"``,
+            ``"clipped"``, ``"topk"``, ``"entmax15"``, ``"sparsemax"``, or an object with a method ``weights(scores)``
+            such as ``TopK(k=32)``. Those that have no threshold take none.
 
     Returns:
         A report of every attention module: converted, or left dense and why.
@@ -89,36 +103,38 @@ def sparsify(
     Raises:
         ValueError: no supported attention in the model, a subclass with a forward of its own, an unknown layer,
             or a setting out of range. The model is then unchanged.
+        ImportError: entmax15 or sparsemax without the package entmax.
     """
-    check_empty_rows(empty_rows)
     check_backend(backend)
     if isinstance(layers, (str, int)):
         raise ValueError(f"layers must be a list of block indices or module names, got {layers!r}; write [{layers!r}]")
     supported = _supported_modules(model)
     names = list(supported)
+    chosen = None if layers is None else {_find_layer(layer, names) for layer in layers}
     if isinstance(threshold, Mapping):
-        per_layer = {_find_layer(layer, names): value for layer, value in threshold.items()}
-        chosen = set(per_layer) if layers is None else {_find_layer(layer, names) for layer in layers}
-        missing = chosen - set(per_layer)
-        if missing:
+        per_layer = {
+            _find_layer(layer, names): as_normaliser(normaliser, value, empty_rows)
+            for layer, value in threshold.items()
+        }
+        why_left = "not named in the threshold dict" if chosen is None else "not among the chosen layers"
+        chosen = set(per_layer) if chosen is None else chosen
+        if missing := chosen - set(per_layer):
             raise ValueError(f"the threshold dict gives no value for {', '.join(sorted(missing))}")
-        why_left = "not named in the threshold dict" if layers is None else "not among the chosen layers"
     else:
-        shared = as_threshold(threshold)
-        chosen = set(names) if layers is None else {_find_layer(layer, names) for layer in layers}
-        per_layer = dict.fromkeys(chosen, shared)
         why_left = "not among the chosen layers"
+        chosen = set(names) if chosen is None else chosen
+        per_layer = dict.fromkeys(chosen, as_normaliser(normaliser, threshold, empty_rows))
     # Everything that can fail fails before the first module is changed.
     for name in chosen:
-        as_threshold(per_layer[name]).for_heads(supported[name].num_heads)  # type: ignore[arg-type]
+        per_layer[name].for_heads(supported[name].num_heads)  # type: ignore[arg-type]
 
     reports = []
     for name, module in _attention_modules(model, supported):
         if name in chosen:
-            _convert(module, per_layer[name], empty_rows, backend)
-            detail = repr(module.threshold)
+            _convert(module, per_layer[name], backend)
+            detail = _said(module)
         elif isinstance(module, SparseAttentionMixin):  # sparse from an earlier call, not chosen now
-            reports.append(LayerReport(name, type(module).__name__, True, f"unchanged: {module.threshold!r}"))
+            reports.append(LayerReport(name, type(module).__name__, True, f"unchanged: {_said(module)}"))
             continue
         elif name in supported:
             detail = why_left
@@ -146,7 +162,7 @@ def sparsified(
     Yields:
         The report of `sparsify`.
     """
-    before = {module: _settings(module) for module in sparse_modules(model).values()}
+    before = {module: (module.normaliser, module.backend) for module in sparse_modules(model).values()}
     report = sparsify(model, threshold, **as_sparsify)
     try:
         yield report
@@ -154,11 +170,10 @@ def sparsified(
         for module in sparse_modules(model).values():
             if module not in before:
                 _restore(module)
-        for module, (sparse_class, old_threshold, settings) in before.items():
+        for module, (normaliser, backend) in before.items():
             if not isinstance(module, SparseAttentionMixin):  # made dense inside the block
-                _convert(module, old_threshold, settings["empty_rows"], settings["backend"])
-            module.__class__, module.threshold = sparse_class, old_threshold
-            module.__dict__.update(settings)
+                _convert(module, normaliser, backend)
+            module.normaliser, module.threshold, module.backend = normaliser, normaliser.threshold, backend
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionMixin]:
@@ -166,23 +181,65 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionMixin]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseAttentionMixin)}
 
 
-def _settings(module: SparseAttentionMixin) -> tuple[type[SparseAttentionMixin], Any, dict[str, Any]]:
-    return type(module), module.threshold, {name: vars(module)[name] for name in _SETTINGS if name in vars(module)}
+def describe_sparsity(model: nn.Module) -> dict[str, Any]:
+    """What `restore_sparsity` needs to make a dense copy of ``model`` sparse again, as JSON takes it.
+
+    Returns:
+        ``{}`` for a dense model; else ``{"layers": {name: {"normaliser": ..., "backend": ..., "shares": ...}}}``, where
+        layers with the same number under ``shares`` have one threshold between them.
+
+    Raises:
+        ValueError: a normaliser or threshold of a class that is in no registry.
+    """
+    modules = sparse_modules(model)
+    thresholds = [module.threshold for module in modules.values()]
+    layers: dict[str, Any] = {}
+    for name, module in modules.items():
+        layers[name] = {"normaliser": describe(module.normaliser), "backend": module.backend}
+        first = next(i for i, threshold in enumerate(thresholds) if threshold is module.threshold)
+        if module.threshold is not None and sum(threshold is module.threshold for threshold in thresholds) > 1:
+            layers[name]["shares"] = first
+    return {"layers": layers} if layers else {}
 
 
-def _convert(module: nn.Module, threshold: ThresholdLike, empty_rows: str, backend: str) -> None:
+def restore_sparsity(model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Make a dense model sparse as `describe_sparsity` says; learned thresholds start where they once started.
+
+    Raises:
+        ValueError: a layer that the model does not have, or an unknown normaliser or setting.
+    """
+    layers = description.get("layers", {})
+    if not layers:
+        return
+    supported = _supported_modules(model)
+    if unknown := set(layers) - set(supported):
+        raise ValueError(f"the model has no attention {', '.join(sorted(unknown))}; it has {', '.join(supported)}")
+    shared: dict[int, Normaliser] = {}
+    for name, layer in layers.items():
+        normaliser = from_description(layer["normaliser"])
+        if "shares" in layer:
+            normaliser = shared.setdefault(layer["shares"], normaliser)
+        _convert(supported[name], normaliser, layer["backend"])
+
+
+def _said(module: SparseAttentionMixin) -> str:
+    """What the report says of a sparse module: its threshold where it is the method itself, else its normaliser."""
+    return repr(module.threshold if type(module.normaliser) is ThresholdedSoftmax else module.normaliser)
+
+
+def _convert(module: nn.Module, normaliser: Normaliser, backend: str) -> None:
     if not isinstance(module, SparseAttentionMixin):
         dense_class = type(module)
         module.__class__ = _sparse_class(dense_class)
         module._dense_class = dense_class  # type: ignore[assignment]
-    module.set_sparsity(threshold, empty_rows, backend)  # type: ignore[operator]
+    module.set_normaliser(normaliser, backend)  # type: ignore[operator]
 
 
 def _restore(module: SparseAttentionMixin) -> None:
     dense_class = module.__dict__.get("_dense_class", type(module).dense_class)
-    del module.threshold
     for name in _SPARSE_ATTRIBUTES:
-        module.__dict__.pop(name, None)
+        if name in module.__dict__ or name in module._modules:
+            delattr(module, name)
     module.__class__ = dense_class
 
 

@@ -6,7 +6,8 @@ tau is kept in float32 whatever the model's dtype: in bf16 an update of a learne
 from __future__ import annotations
 
 import copy
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ EMPTY_ROWS = ("zero", "dense", "top1", "cap")
 
 
 class Threshold(nn.Module):
-    """Base of the threshold objects: ``forward(keys)`` gives tau, times the warm-up factor.
+    """Base of the threshold objects: ``forward(keys)`` gives tau, times the warm-up factor of `set_warmup`.
 
-    `scale_` multiplies tau by a factor in [0, 1]; training raises it from 0 to 1 to introduce the cut gradually.
+    A new kind is a subclass with `forward` and `settings`, and one line in `THRESHOLDS`.
     """
 
     warmup: Tensor
+    # Whether tau depends on the number of keys; where it does not, nobody has to count them.
+    counts_keys = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +38,16 @@ class Threshold(nn.Module):
         del num_heads
         return copy.deepcopy(self)
 
-    def scale_(self, fraction: float) -> Threshold:
-        """Multiply tau by ``fraction`` in [0, 1] from now on (1 is the full threshold)."""
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON takes them; the value of a learned tau lies in the state_dict."""
+        raise NotImplementedError
+
+    def set_warmup(self, fraction: float) -> Threshold:
+        """Multiply tau by ``fraction`` in [0, 1] from now on: training raises it from 0 to 1 to introduce the cut.
+
+        Raises:
+            ValueError: a fraction outside [0, 1].
+        """
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"the warm-up factor of tau must lie in [0, 1], got {fraction}")
         self.warmup.fill_(fraction)
@@ -60,8 +71,9 @@ class FixedThreshold(Threshold):
     """
 
     value: Tensor
+    counts_keys = False
 
-    def __init__(self, tau: float | Tensor | list[float]) -> None:
+    def __init__(self, tau: float | Tensor | Sequence[float]) -> None:
         super().__init__()
         try:
             value = torch.as_tensor(tau, dtype=torch.float32).detach().clone()
@@ -76,7 +88,7 @@ class FixedThreshold(Threshold):
     def tau(self) -> float | Tensor:
         """Tau now in force: a float, or a tensor [H]."""
         tau = self.value * self.warmup
-        return tau if tau.ndim else float(f"{float(tau):.7g}")  # 0.01, not float32's 0.009999999776
+        return tau if tau.ndim else _rounded(tau)
 
     def forward(self, keys: int | Tensor) -> Tensor:
         tau = self.value * self.warmup
@@ -86,6 +98,9 @@ class FixedThreshold(Threshold):
         if self.value.ndim and self.value.shape[0] != num_heads:
             raise ValueError(f"tau has {self.value.shape[0]} entries, but the layer has {num_heads} heads")
         return copy.deepcopy(self)
+
+    def settings(self) -> dict[str, Any]:
+        return {"tau": [_rounded(tau) for tau in self.value] if self.value.ndim else _rounded(self.value)}
 
     def extra_repr(self) -> str:
         return "tau=... (meta)" if self.value.is_meta else f"tau={self.tau}"
@@ -119,6 +134,9 @@ class RelativeThreshold(Threshold):
             keys = keys.clamp(min=1).to(torch.float32)  # a query without any key has nothing to cut
         return self.warmup * self.alpha / keys
 
+    def settings(self) -> dict[str, Any]:
+        return {"alpha": self.alpha}
+
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
 
@@ -134,13 +152,15 @@ class LearnableThreshold(Threshold):
         per: ``"model"`` one object shared by all layers, ``"layer"`` one per layer, ``"head"`` one number per head.
     """
 
+    counts_keys = False
+
     def __init__(self, init: float = 0.01, per: str = "layer") -> None:
         super().__init__()
         if per not in ("model", "layer", "head"):
             raise ValueError(f"per must be 'model', 'layer' or 'head', got {per!r}")
         if not 0.0 < init < 1.0:
             raise ValueError(f"init must lie in (0, 1), got {init}")
-        self.per = per
+        self.init, self.per = float(init), per
         self.logit = nn.Parameter(torch.logit(torch.tensor(init, dtype=torch.float64)).float())
 
     @property
@@ -162,10 +182,18 @@ class LearnableThreshold(Threshold):
             own.logit = nn.Parameter(self.logit.detach().expand(num_heads).clone())
         return own
 
+    def settings(self) -> dict[str, Any]:
+        return {"init": self.init, "per": self.per}
+
     def extra_repr(self) -> str:
         return f"per={self.per!r}"
 
 
+THRESHOLDS: dict[str, type[Threshold]] = {
+    "fixed": FixedThreshold,
+    "relative": RelativeThreshold,
+    "learnable": LearnableThreshold,
+}
 ThresholdLike: TypeAlias = float | Tensor | Threshold
 
 
@@ -210,6 +238,12 @@ def resolve_threshold(
     if not 0.0 <= threshold < 1.0:  # False for NaN too
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     return float(threshold)
+
+
+def _rounded(tau: Tensor) -> float:
+    """The shortest number that this float32 was made from: 0.01, not 0.009999999776."""
+    short = float(f"{float(tau):.7g}")
+    return short if torch.tensor(short, dtype=tau.dtype) == tau else float(tau)
 
 
 def _check_heads(tau: Tensor, heads: int | None) -> None:

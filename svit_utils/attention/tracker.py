@@ -15,15 +15,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import nn
 
 from svit_utils.attention.module import SparseAttentionMixin
 from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.surgery import sparse_modules
+from svit_utils.files import write_file
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 COLUMNS = (
@@ -119,6 +120,8 @@ class TokenSparsityTracker:
             raise ValueError(
                 "nothing recorded yet: run the model inside `with TokenSparsityTracker(model) as tracker:`"
             )
+        import pandas as pd
+
         rows = [
             {"layer": layer, "head": head, "queries": queries, **statistics}
             for layer in self._names.values()
@@ -178,12 +181,8 @@ class TokenSparsityTracker:
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write table and summary as JSON; an existing file is replaced whole or not at all."""
-        path = Path(path)
         content = {"summary": asdict(self.summary()), "table": self.table().to_dict(orient="records")}
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        return path
+        return write_file(path, json.dumps(content, indent=1) + "\n")
 
     def _observe(self, module: SparseAttentionMixin, rows: AttentionRows) -> None:
         name = self._names[id(module)]

@@ -66,4 +66,4 @@ def distinct_thresholds(model: nn.Module) -> list[Threshold]:
 def set_tau_share(thresholds: list[Threshold], share: float) -> None:
     """Put ``share`` of each tau into force: 0 cuts nothing, 1 is the full tau."""
     for threshold in thresholds:
-        threshold.scale_(share)
+        threshold.set_warmup(share)

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from svit_utils.attention import EMPTY_ROWS
 from svit_utils.attention.backends import kernels
 from svit_utils.attention.backends import triton as backend
+from svit_utils.attention.call import Call
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 OF_INPUTS = ("Q", "K", "V", "OUT", "DO", "DQ", "DK", "DV_PTR")
@@ -58,7 +59,9 @@ def main() -> None:
         for kernel in (kernels.forward_kernel, kernels.query_kernel, kernels.key_kernel):
             forward = kernel is kernels.forward_kernel
             blocks = backend.forward_blocks(m, d, dtype) if forward else backend.backward_blocks(d, dtype)
-            values = backend._constants(d, d, blocks, EMPTY_ROWS[mode], causal, mask)
+            values = backend.constants(
+                d, d, blocks, Call(0.01, 1.0, is_causal=causal, empty_rows=EMPTY_ROWS[mode]), mask
+            )
             values = {name: value for name, value in values.items() if name.isupper()}  # without Triton's own options
             values |= {"SINGLE": blocks.single, "GRAD": True, "SKIP": True}
             result = compiled(kernel, dtype, capability, blocks, values)

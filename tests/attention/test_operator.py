@@ -226,11 +226,11 @@ def test_threshold_objects_give_their_tau():
         torch.testing.assert_close(thresholded_attention(q, k, v, threshold), expected, atol=1e-5, rtol=0)
     half = thresholded_attention(q, k, v, 0.07)
     for threshold in (FixedThreshold(0.14), RelativeThreshold(0.14 * M), LearnableThreshold(0.14)):
-        scaled = thresholded_attention(q, k, v, threshold.scale_(0.5))
+        scaled = thresholded_attention(q, k, v, threshold.set_warmup(0.5))
         torch.testing.assert_close(scaled, half, atol=1e-5, rtol=0)
-        dense = thresholded_attention(q, k, v, threshold.scale_(0.0))
+        dense = thresholded_attention(q, k, v, threshold.set_warmup(0.0))
         torch.testing.assert_close(dense, F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=0)
-    assert FixedThreshold(0.01).tau == 0.01 and FixedThreshold(0.01).scale_(0.5).tau == 0.005
+    assert FixedThreshold(0.01).tau == 0.01 and FixedThreshold(0.01).set_warmup(0.5).tau == 0.005
 
 
 def test_a_tensor_threshold_is_not_rounded_to_bf16():
@@ -462,7 +462,10 @@ BAD_CALLS = {
         lambda q, k, v: LearnableThreshold(0.1, per="token"),
         "per must be 'model', 'layer' or 'head', got 'token'",
     ),
-    "scale_": (lambda q, k, v: FixedThreshold(0.1).scale_(1.1), r"warm-up factor of tau must lie in \[0, 1\], got 1.1"),
+    "set_warmup": (
+        lambda q, k, v: FixedThreshold(0.1).set_warmup(1.1),
+        r"warm-up factor of tau must lie in \[0, 1\], got 1.1",
+    ),
 }
 
 

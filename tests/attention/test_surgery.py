@@ -96,7 +96,7 @@ def test_sparsify_again_gives_new_settings():
 def test_each_layer_gets_its_own_fixed_threshold():
     model, threshold = vit(), FixedThreshold(0.05)
     sparsify(model, threshold)
-    model.blocks[0].attn.threshold.scale_(0.0)
+    model.blocks[0].attn.threshold.set_warmup(0.0)
     assert taus(model) == {NAMES[0]: 0.0, **dict.fromkeys(NAMES[1:], 0.05)}
     assert threshold.tau == 0.05
 
@@ -330,9 +330,9 @@ def test_learnable_tau_moves_in_a_bf16_model():
 def test_warm_up_scales_a_learnable_tau_and_its_gradient():
     q, k, v = (torch.randn(1, 3, 6, 4) * 2 for _ in range(3))
     threshold = LearnableThreshold(0.2).for_heads(3)
-    attention_record(q, k, v, threshold.scale_(0.0)).out.square().sum().backward()
+    attention_record(q, k, v, threshold.set_warmup(0.0)).out.square().sum().backward()
     assert float(threshold.tau.detach()) == 0 and float(threshold.logit.grad) == 0
-    assert float(threshold.scale_(0.5).tau.detach()) == pytest.approx(0.1)
+    assert float(threshold.set_warmup(0.5).tau.detach()) == pytest.approx(0.1)
 
 
 # --- state_dict -------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from svit_utils.attention import (
     attention_rows,
     backend_for,
     thresholded_attention,
-    tiled,
 )
+from svit_utils.attention.backends import tiled, tiles
 
 MASKS = ("none", "boolean", "additive", "causal")
 TAUS = ("zero", "tiny", "usual", "half", "around the largest", "per head", "per query")
@@ -29,11 +29,11 @@ TAUS = ("zero", "tiny", "usual", "half", "around the largest", "per head", "per 
 @contextlib.contextmanager
 def tile_of(floats: int):
     """Small tiles, so that small inputs are cut into many; the first tile also holds several heads."""
-    before, tiled.TILE = tiled.TILE, floats
+    before, tiles.TILE = tiles.TILE, floats
     try:
         yield
     finally:
-        tiled.TILE = before
+        tiles.TILE = before
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def test_the_examples_are_of_every_kind():
         q, k, v = inputs(shape, seed)
         for mask in MASKS:
             masked = masking(mask, shape, seed)
-            rows = AttentionRows.of(attention_record(q, k, v, 0.1, **masked))
+            rows = AttentionRows.from_record(attention_record(q, k, v, 0.1, **masked))
             seen["all"] += rows.kept.numel()
             seen["keyless"] += int((rows.keys == 0).sum())
             seen["empty"] += int(((rows.keys > 0) & (rows.kept == 0)).sum())
@@ -136,7 +136,7 @@ def test_the_examples_are_of_every_kind():
     assert shares["partly cut"] > 0.5
     assert min(shares["whole"], shares["keyless"]) > 0.01
     q, k, v = inputs(shape, 0)
-    assert (AttentionRows.of(attention_record(q, k, v, 0.5)).kept == 0).float().mean() > 0.1
+    assert (AttentionRows.from_record(attention_record(q, k, v, 0.5)).kept == 0).float().mean() > 0.1
 
 
 @pytest.mark.parametrize("mode", EMPTY_ROWS)
@@ -164,8 +164,8 @@ def test_opcheck(mode, dtype, mask):
     for statistics in (False, True):
         arguments = (q, k, v, tau, allowed, 0.5, False, 0.2, seed, mode, statistics)
         torch.library.opcheck(tiled.tiled_attention, arguments)
-    out = tiled.tiled_attention(*arguments)[0]
-    torch.library.opcheck(tiled.tiled_attention_backward, (torch.ones_like(out), out, *arguments[:-1]))
+    out, rows, more = tiled.tiled_attention(*arguments)
+    torch.library.opcheck(tiled.tiled_attention_backward, (torch.ones_like(out), out, rows, more, *arguments[:-1]))
 
 
 @pytest.mark.parametrize("mode", EMPTY_ROWS)
@@ -269,7 +269,7 @@ def test_statistics_are_those_of_the_map(mode, mask, tau):
     q, k, v = inputs(shape, seed=8)
     masked = masking(mask, shape, 8)
     tau = threshold(tau, q, k, v, masked)
-    wanted = AttentionRows.of(attention_record(q, k, v, tau, empty_rows=mode, **masked))
+    wanted = AttentionRows.from_record(attention_record(q, k, v, tau, empty_rows=mode, **masked))
     with tile_of(50):
         out, rows = attention_rows(q, k, v, tau, empty_rows=mode, backend="tiled", **masked)
         assert torch.equal(out, thresholded_attention(q, k, v, tau, empty_rows=mode, backend="tiled", **masked))

@@ -25,11 +25,11 @@ from svit_utils.attention import (
     attention_record,
     attention_rows,
     backend_for,
-    functional,
     thresholded_attention,
 )
 from svit_utils.attention.backends import triton as backend
 from svit_utils.attention.backends.triton import Blocks
+from svit_utils.attention.call import Call
 from svit_utils.paths import repo_root
 from tests.attention.test_tiled import MASKS, TAUS, derivatives, masking, poisoned_memory, threshold
 from tests.attention.test_tiled import inputs as cpu_inputs
@@ -107,7 +107,7 @@ def test_statistics_are_those_of_the_map(mode, mask):
     for tau in (0.0, 0.04, 0.3):
         with blocks_of(16, 16):
             out, rows = attention_rows(q, k, v, tau, empty_rows=mode, backend="triton", **masked)
-        wanted = AttentionRows.of(attention_record(q, k, v, tau, empty_rows=mode, **masked))
+        wanted = AttentionRows.from_record(attention_record(q, k, v, tau, empty_rows=mode, **masked))
         for field in AttentionRows.__dataclass_fields__:
             a, b = getattr(rows, field), getattr(wanted, field)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, check_dtype=False, msg=field)
@@ -152,7 +152,7 @@ def test_half_precision_is_cut_in_float32(dtype, mode):
     for name, a, b in zip(NAMES, got, wanted, strict=False):
         room = 4 * torch.finfo(dtype).eps * float(b.abs().max())  # weights and gradients are rounded before products
         assert float((a.float() - b).abs().max()) <= room, name
-    same = AttentionRows.of(attention_record(q, k, v, 0.02, empty_rows=mode))
+    same = AttentionRows.from_record(attention_record(q, k, v, 0.02, empty_rows=mode))
     assert torch.equal(rows.kept, same.kept)
 
 
@@ -162,13 +162,14 @@ def test_tiles_without_survivors_are_skipped_and_nothing_changes(monkeypatch):
     offset = 12.0 * torch.nn.functional.one_hot(group, 4).float()
     q, k, v = (x.detach() for x in inputs((1, 1, 64, 64, 4, 8), seed=0))
     q, k = q / 4 + offset, k / 4 + offset
-    arguments = (torch.tensor(0.02, device=DEVICE), None, 0.5, False)
+    tau = torch.tensor(0.02, device=DEVICE)
     blocks = Blocks(16, 16, 4)
     for mode in EMPTY_ROWS:
-        out, saved, u, visited = backend.forward(q, k, v, *arguments, mode, True, blocks)
+        call = Call(tau, 0.5, empty_rows=mode)
+        out, saved, u, visited = backend.forward(q, k, v, call, True, blocks)
         assert visited.tolist() == [[2, 2, 2, 2]]  # of 4 each
         monkeypatch.setattr(backend, "SKIP_TILES", False)
-        every = backend.forward(q, k, v, *arguments, mode, True, blocks)
+        every = backend.forward(q, k, v, call, True, blocks)
         monkeypatch.setattr(backend, "SKIP_TILES", True)
         assert every[3].tolist() == [[4, 4, 4, 4]]
         for a, b in zip((out, saved, u), every, strict=False):
@@ -177,9 +178,8 @@ def test_tiles_without_survivors_are_skipped_and_nothing_changes(monkeypatch):
 
 def test_a_row_at_random_lets_nothing_be_skipped():
     q, k, v = (x.detach() for x in inputs((1, 1, 64, 64, 8, 8), seed=0))
-    visited = backend.forward(
-        q, k, v, torch.tensor(0.02, device=DEVICE), None, 0.3, False, "dense", False, Blocks(16, 16, 4)
-    )[3]
+    call = Call(torch.tensor(0.02, device=DEVICE), 0.3)
+    visited = backend.forward(q, k, v, call, False, Blocks(16, 16, 4))[3]
     assert visited.tolist() == [[4, 4, 4, 4]]
 
 
@@ -227,10 +227,11 @@ def test_opcheck(mode, mask):
     q, k, v = (x.detach() for x in inputs((2, 2, 5, 7, 4, 3), seed=1))
     tau = torch.tensor([[[0.1]], [[0.3]]], device=DEVICE)
     allowed = (torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.3).to(DEVICE) if mask else None
+    settings = (tau, allowed, 0.5, False, 0.0, None, mode)
     for grad in (False, True):
-        torch.library.opcheck(backend.triton_attention, (q, k, v, tau, allowed, 0.5, False, mode, grad))
-    out, saved, u = backend.triton_attention(q, k, v, tau, allowed, 0.5, False, mode, True)
-    arguments = (torch.ones_like(out), out, saved, u, q, k, v, allowed, 0.5, False, mode)
+        torch.library.opcheck(backend.triton_attention, (q, k, v, *settings, grad))
+    out, saved, u = backend.triton_attention(q, k, v, *settings, True)
+    arguments = (torch.ones_like(out), out, saved, u, q, k, v, *settings)
     torch.library.opcheck(backend.triton_attention_backward, arguments)
 
 
@@ -325,7 +326,7 @@ def test_auto_on_a_gpu(monkeypatch):
         def __init__(self, *shape, dtype=torch.bfloat16):
             self.shape, self.dtype, self.device, self.requires_grad = shape, dtype, torch.device("cuda"), False
 
-    monkeypatch.setattr(functional, "unavailable", lambda device: "")
+    monkeypatch.setattr(backend, "unavailable", lambda device: "")
     q = OnCuda(1, 2, 8, 64)
     assert backend_for(q, q, q) == "triton"
     assert backend_for(q, q, q, dropout_p=0.1) == "reference"
@@ -334,5 +335,5 @@ def test_auto_on_a_gpu(monkeypatch):
     assert backend_for(wide, wide, wide) == "reference"
     long = OnCuda(1, 2, 8, 512)
     assert backend_for(long, long, long) == "reference"
-    monkeypatch.setattr(functional, "unavailable", lambda device: "triton is not installed")
+    monkeypatch.setattr(backend, "unavailable", lambda device: "triton is not installed")
     assert backend_for(q, q, q) == "reference"

@@ -18,7 +18,7 @@ import sys
 
 REFERENCE = "svit_utils.attention.formula"
 DISPATCH = "svit_utils.attention.functional"
-FUNCTION = "_weights_from_probs"
+FUNCTION = "cut_and_renormalise"
 MUTANTS = ("softmax", "tau2", "norenorm")
 
 

@@ -1,14 +1,14 @@
-"""The GPU backend: Triton kernels, in memory linear in N, with the same formulas as the tiled one on the CPU.
+"""The GPU backend: Triton kernels, in memory linear in N.
 
 The forward pass saves eight numbers per row, and u = sum_S v_j. With S = {j : p_j > cut}, k = |S|, D = dO . o,
 Z = sum_S (p_j - cut) and G = (dO . u - k D) / Z = sum g_j, the backward pass needs no sum over a row's keys:
 
     g_j = 1_S (dO . v_j - D) / Z,   dS = p (g - cut G),   dV = (R / Z)^T dO,   dtau = -G
 
-since sum_j p_j g_j = sum_S (p_j - cut) g_j + cut G, and the first of these is 0. Rows that are not cut at tau:
-``"dense"`` cuts an empty row at 0; ``"top1"`` gives it a constant; ``"zero"`` nothing. A row capped at half its largest
-p adds -G / 2 to the gradient of that p, which takes the place of -cut G. All of them leave tau alone. Of several
-largest keys the first one counts, where the reference divides among them.
+since sum_j p_j g_j = sum_S (p_j - cut) g_j + cut G, and the first of these is 0. ``cut`` is what a row is cut at. Where
+that is not tau, tau gets no gradient: an empty row is cut at 0 under ``"dense"``, has constant weights under ``"top1"``
+and none under ``"zero"``; a row capped at half its largest p has -G / 2 in the gradient of that p in place of -cut G.
+Of several equally large keys the first one gets it, where the formula divides it among them.
 
 Triton is imported at the first call. ``TRITON_INTERPRET=1`` runs the kernels on the CPU, slowly, to test them.
 """
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svit_utils.attention.backends.tiled import differentiates, one_by_one, second_derivatives
-from svit_utils.attention.formula import no_autocast, statistics_dtype
+from svit_utils.attention.backends.autograd import SETTINGS, differentiates, from_flat, one_by_one, run
+from svit_utils.attention.call import Call
+from svit_utils.attention.formula import no_autocast
 from svit_utils.attention.thresholds import EMPTY_ROWS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,27 +99,18 @@ def _mask_of(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, tuple[i
     return (mask.view(torch.uint8) if kind == 1 else mask), mask.stride(), kind
 
 
-def _constants(d: int, dv: int, blocks: Blocks, empty_rows: str, causal: bool, mask_kind: int) -> dict[str, Any]:
+def constants(d: int, dv: int, blocks: Blocks, call: Call, mask_kind: int) -> dict[str, Any]:
     """What all three kernels are compiled for."""
     return {
         "D": d, "DV": dv, "BLOCK_D": _tile_side(d), "BLOCK_DV": _tile_side(dv),
         "BLOCK_N": blocks.queries, "BLOCK_M": blocks.keys,
-        "MODE": EMPTY_ROWS.index(empty_rows), "CAUSAL": causal, "MASK": mask_kind,
+        "MODE": EMPTY_ROWS.index(call.empty_rows), "CAUSAL": call.is_causal, "MASK": mask_kind,
         "WIDEN": _interpreted(), "num_warps": blocks.warps, "num_stages": STAGES,
     }  # fmt: skip
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tau: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    empty_rows: str,
-    grad: bool,
-    blocks: Blocks | None = None,
+    q: Tensor, k: Tensor, v: Tensor, call: Call, grad: bool, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, H, N, Dv], what is saved of each row [B, H, N, 8], u [B, H, N, Dv] (or [.., 0]), and tiles visited."""
     from svit_utils.attention.backends import kernels
@@ -133,14 +125,15 @@ def forward(
     visited = q.new_zeros((batch * heads, per_pair), dtype=torch.int32)
     if out.numel() == 0 or m == 0:
         return out.zero_(), saved.zero_(), u.zero_(), visited
-    tau = tau.to(torch.float32).expand(batch, heads, n, 1)
-    given, strides, kind = _mask_of(mask, q, k)
+    assert isinstance(call.tau, Tensor)
+    tau = call.tau.to(torch.float32).expand(batch, heads, n, 1)
+    given, strides, kind = _mask_of(call.attn_mask, q, k)
     with _on(q):
         kernels.forward_kernel[(batch * heads * per_pair,)](
             q, k, v, tau, given, out, saved, u, visited,
             *q.stride(), *k.stride(), *v.stride(), *tau.stride()[:3], *strides,
-            per_pair, heads, n, m, scale,
-            SINGLE=blocks.single, GRAD=grad, SKIP=SKIP_TILES, **_constants(d, dv, blocks, empty_rows, causal, kind),
+            per_pair, heads, n, m, call.scale,
+            SINGLE=blocks.single, GRAD=grad, SKIP=SKIP_TILES, **constants(d, dv, blocks, call, kind),
         )  # fmt: skip
     return out, saved, u, visited
 
@@ -153,10 +146,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    empty_rows: str,
+    call: Call,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of each row's tau [B, H, N]."""
@@ -178,16 +168,16 @@ def backward(
     at_largest = torch.where(capped, -shared / 2, 0.0)
     prepared = torch.stack((over_sum, dots, torch.where(regular, cut * shared, 0.0), at_largest), dim=-1)
     blocks = blocks or backward_blocks(max(d, dv), torch.promote_types(q.dtype, v.dtype))
-    given, strides, mask_kind = _mask_of(mask, q, k)
-    common = _constants(d, dv, blocks, empty_rows, causal, mask_kind)
+    given, strides, mask_kind = _mask_of(call.attn_mask, q, k)
+    common = constants(d, dv, blocks, call, mask_kind)
     all_strides = (*q.stride(), *k.stride(), *v.stride(), *strides)
     of_queries, of_keys = -(-n // blocks.queries), -(-m // blocks.keys)
     with _on(q):
         kernels.query_kernel[(batch * heads * of_queries,)](
-            q, k, v, given, grad, saved, prepared, dq, *all_strides, of_queries, heads, n, m, scale, **common
+            q, k, v, given, grad, saved, prepared, dq, *all_strides, of_queries, heads, n, m, call.scale, **common
         )
         kernels.key_kernel[(batch * heads * of_keys,)](
-            q, k, v, given, grad, saved, prepared, dk, dv_, *all_strides, of_keys, heads, n, m, scale, **common
+            q, k, v, given, grad, saved, prepared, dk, dv_, *all_strides, of_keys, heads, n, m, call.scale, **common
         )
     return dq, dk, dv_, dtau
 
@@ -207,123 +197,68 @@ def statistics_of(saved: Tensor) -> Tensor:
     return torch.stack((survivors, mass, count, support), dim=-1)
 
 
-_FORWARD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor tau, Tensor? mask, float scale, bool causal, str empty_rows, bool grad)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_BACKWARD = (
-    "(Tensor grad, Tensor out, Tensor saved, Tensor u, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale,"
-    " bool causal, str empty_rows) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, statistics: bool = False) -> tuple[Tensor, Tensor]:
+    """out [B, H, N, Dv], and what `statistics_of` says of each row [B, H, N, 4], or [.., 0] where not asked for."""
+    if k.dtype != q.dtype:  # a norm on one of them, under autocast
+        wide = torch.promote_types(q.dtype, k.dtype)
+        q, k = q.to(wide), k.to(wide)
+    tau = call.tau
+    grad = differentiates(q, k, v, *([tau] if isinstance(tau, Tensor) else []))
+    with no_autocast(q.device.type):
+        out, saved, _ = run("triton_attention", q, k, v, call, grad)
+    return out, statistics_of(saved.detach()) if statistics else saved[..., :0]
 
 
-@torch.library.custom_op("svit::triton_attention", mutates_args=(), schema=_FORWARD)
-def triton_attention(q, k, v, tau, mask, scale, causal, empty_rows, grad):  # type: ignore[no-untyped-def]
+def unfit(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str:
+    """Why this backend cannot serve a call; empty if it can."""
+    if any(x.dtype not in DTYPES for x in (q, k, v)):
+        return f"takes float16, bfloat16 and float32, but q is {q.dtype}, v {v.dtype}; use backend='auto'"
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return f"takes heads up to {WIDEST} wide, got q {q.shape[-1]}, v {v.shape[-1]}; use backend='auto'"
+    if dropout_p:
+        return "has no dropout: set dropout_p=0, or use backend='auto'"
+    reason = unavailable(q.device)
+    return f"cannot run: {reason}; use backend='auto'" if reason else ""
+
+
+@torch.library.custom_op(
+    "svit::triton_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {SETTINGS}, bool grad) -> (Tensor, Tensor, Tensor)",
+)
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward pass as one op; see `forward`."""
-    return forward(q, k, v, tau, mask, scale, causal, empty_rows, grad)[:3]
+    *settings, grad = arguments
+    return forward(q, k, v, from_flat(settings), grad)[:3]
 
 
-@torch.library.custom_op("svit::triton_attention_backward", mutates_args=(), schema=_BACKWARD)
-def triton_attention_backward(grad, out, saved, u, q, k, v, mask, scale, causal, empty_rows):  # type: ignore[no-untyped-def]
+@torch.library.custom_op(
+    "svit::triton_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor out, Tensor saved, Tensor u, Tensor q, Tensor k, Tensor v, "
+    f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def triton_attention_backward(
+    grad: Tensor, out: Tensor, saved: Tensor, u: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward pass as one op; see `backward`."""
-    return backward(grad, out, saved, u, q, k, v, mask, scale, causal, empty_rows)
+    return backward(grad, out, saved, u, q, k, v, from_flat(settings))
 
 
 @triton_attention.register_fake
-def _(q, k, v, tau, mask, scale, causal, empty_rows, grad):  # type: ignore[no-untyped-def]
+def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = q.shape[:3]
     saved = q.new_empty((*rows, SAVED), dtype=torch.float32)
-    return v.new_empty((*rows, v.shape[3])), saved, saved.new_empty((*rows, v.shape[3] if grad else 0))
+    return v.new_empty((*rows, v.shape[3])), saved, saved.new_empty((*rows, v.shape[3] if arguments[-1] else 0))
 
 
 @triton_attention_backward.register_fake
-def _(grad, out, saved, u, q, k, v, mask, scale, causal, empty_rows):  # type: ignore[no-untyped-def]
+def _(
+    grad: Tensor, out: Tensor, saved: Tensor, u: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
+) -> tuple[Tensor, ...]:
     return (*(x.new_empty(x.shape) for x in (q, k, v)), saved.new_empty(q.shape[:3]))
 
 
 @triton_attention.register_vmap
-def _(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
     return one_by_one(triton_attention, info, in_dims, arguments)
-
-
-class _Triton(torch.autograd.Function):
-    """Joins the two ops, as `svit_utils.attention.backends.tiled` does."""
-
-    @staticmethod
-    def forward(q, k, v, tau, mask, scale, causal, empty_rows):  # type: ignore[no-untyped-def]
-        return triton_attention(q, k, v, tau, mask, scale, causal, empty_rows, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, tau, mask, scale, causal, empty_rows = inputs
-        out, saved, u = output
-        ctx.mark_non_differentiable(saved, u)
-        ctx.save_for_backward(out, saved, u, q, k, v, tau, mask)
-        ctx.settings = (scale, causal, empty_rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, saved, u, q, k, v, tau, mask = ctx.saved_tensors
-        dq, dk, dv, dtau = _TritonBackward.apply(grad, out, saved, u, q, k, v, tau, mask, *ctx.settings)
-        dtau = dtau.unsqueeze(-1).sum_to_size(tau.shape).to(tau.dtype) if ctx.needs_input_grad[3] else None
-        return dq, dk, dv, dtau, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return one_by_one(_Triton.apply, info, in_dims, arguments)
-
-
-class _TritonBackward(torch.autograd.Function):
-    """The first derivative, itself differentiable by the reference."""
-
-    @staticmethod
-    def forward(grad, out, saved, u, q, k, v, tau, mask, scale, causal, empty_rows):  # type: ignore[no-untyped-def]
-        return triton_attention_backward(grad, out, saved, u, q, k, v, mask, scale, causal, empty_rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad, _, _, _, q, k, v, tau, mask, *settings = inputs
-        ctx.save_for_backward(grad, q, k, v, tau, mask)
-        ctx.settings = settings
-
-    @staticmethod
-    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, mask = ctx.saved_tensors
-        scale, causal, empty_rows = ctx.settings
-        dgrad, *rest = second_derivatives(tensors, directions, mask, scale, causal, empty_rows)
-        return dgrad, None, None, None, *rest, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return one_by_one(_TritonBackward.apply, info, in_dims, arguments)
-
-
-def triton_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tau: Tensor | float,
-    *,
-    scale: float,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    dropout_p: float,
-    empty_rows: str,
-    statistics: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Thresholded attention [B, H, N, Dv] without its weights, and statistics of its rows [B, H, N, 4] if asked for.
-
-    The contract of `svit_utils.attention.backends.tiled.tiled_out`, without dropout.
-    """
-    if dropout_p:
-        raise ValueError("backend 'triton' has no dropout: set dropout_p=0 or use backend='reference'")
-    if not isinstance(tau, Tensor):
-        tau = torch.tensor(tau, dtype=statistics_dtype(q), device=q.device)
-    if k.dtype != q.dtype:  # a norm on one of them, under autocast
-        wide = torch.promote_types(q.dtype, k.dtype)
-        q, k = q.to(wide), k.to(wide)
-    arguments = (q, k, v, tau, attn_mask, scale, is_causal, empty_rows)
-    with no_autocast(q.device.type):
-        results = _Triton.apply(*arguments) if differentiates(q, k, v, tau) else triton_attention(*arguments, False)
-    out, saved, _ = results
-    return out, statistics_of(saved.detach()) if statistics else saved[..., :0]

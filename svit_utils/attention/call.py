@@ -1,0 +1,96 @@
+"""One call of thresholded attention, described once: what every backend takes beside q, k and v."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svit_utils.attention.formula import cut_and_renormalise, effective_tau, statistics_dtype
+from svit_utils.attention.masks import allowed_keys
+from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, resolve_threshold
+
+
+@dataclass(frozen=True)
+class Call:
+    """The settings of one call, checked. As a normaliser of its own it is the formula with its tau worked out.
+
+    Attributes:
+        tau: a number, or a tensor broadcastable to [B, H, N, 1].
+        scale: factor on Q K^T.
+        attn_mask: boolean or additive, broadcastable to [B, H, N, M], or None.
+        is_causal: query i may attend to keys 0..i.
+        dropout_p: dropout on the renormalised weights.
+        empty_rows: what a query gets when no key survives, see `svit_utils.attention.formula.thresholded_softmax`.
+    """
+
+    tau: Tensor | float
+    scale: float
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    dropout_p: float = 0.0
+    empty_rows: str = "dense"
+
+    @classmethod
+    def checked(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        threshold: ThresholdLike = 0.01,
+        *,
+        scale: float | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        dropout_p: float = 0.0,
+        empty_rows: str = "dense",
+    ) -> Call:
+        """The call with these arguments of `thresholded_attention`.
+
+        Raises:
+            ValueError: shapes that do not fit, tau outside [0, 1) or NaN, unknown ``empty_rows``.
+        """
+        check_empty_rows(empty_rows)
+        check_shapes(q, k, v, attn_mask, is_causal)
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+        keys = allowed_keys(q, k, attn_mask, is_causal)
+        tau = resolve_threshold(threshold, keys, q.shape[1], statistics_dtype(q))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return cls(tau, scale, attn_mask, is_causal, dropout_p, empty_rows)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Scores [B, H, N, M] to weights: the formula."""
+        return cut_and_renormalise(scores.softmax(dim=-1), self.tau, self.empty_rows)
+
+    def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
+        """The threshold each row was cut at, broadcastable to [B, H, N, 1]."""
+        del weights
+        return effective_tau(scores.softmax(dim=-1), self.tau, self.empty_rows)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Check that q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv] and the mask fit together.
+
+    Raises:
+        ValueError: they do not; the message has the shapes.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must have rank 4, [B, H, N, D]; got {shapes}")
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        raise ValueError(f"q, k and v must agree in batch and number of heads; got {shapes}")
+    if q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
+        raise ValueError(f"q and k must agree in D, k and v in the number of keys; got {shapes}")
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError("attn_mask and is_causal exclude each other: put the causal part into the mask")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    try:
+        fits = torch.broadcast_shapes(attn_mask.shape, full) == full
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"attn_mask of shape {tuple(attn_mask.shape)} does not broadcast to [B, H, N, M] = {full}")

@@ -1,0 +1,95 @@
+"""Attention computed the plain way, with everything it computed kept: the scores, the weights, what was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from svit_utils.attention.formula import fully_masked, masked_softmax, no_autocast, statistics_dtype
+from svit_utils.attention.masks import mask_scores
+
+
+class Normalises(Protocol):
+    """What turns scores into attention weights; `svit_utils.attention.normalisers` has the classes."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Scores [..., N, M] to weights of the same shape."""
+
+    def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
+        """The probability that each row was cut at, broadcastable to [..., N, 1]."""
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """Everything one call computed, for trackers and maps.
+
+    Attributes:
+        out: [B, H, N, Dv], the attention output before the projection.
+        weights: [B, H, N, M], the weights multiplied with V (after dropout).
+        scores: [B, H, N, M], scaled, masked keys at -inf.
+        allowed: boolean, broadcastable to [B, H, N, M], False where a key is masked; None without a mask.
+        v: [B, H, M, Dv].
+        normaliser: what made the weights.
+    """
+
+    out: Tensor
+    weights: Tensor
+    scores: Tensor
+    allowed: Tensor | None
+    v: Tensor
+    normaliser: Normalises
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """[B, H, N, M], the plain softmax of the scores, before anything is cut; 0 in a fully masked row."""
+        return self.scores.softmax(dim=-1) if self.allowed is None else masked_softmax(self.scores)
+
+    @cached_property
+    def tau(self) -> Tensor | float:
+        """The threshold each row was cut at, broadcastable to [B, H, N, 1]: a key survives where probs > tau."""
+        return self.normaliser.cut_at(self.scores, self.weights)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normaliser: Normalises,
+    *,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: Callable[[Tensor], Any] | None = None,
+) -> AttentionRecord:
+    """Attention with q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv]: the N x M weights are formed and kept.
+
+    Args:
+        normaliser: turns scores into weights.
+        scale: factor on Q K^T.
+        attn_mask, is_causal: as in `mask_scores`. A query without any key to attend to gives 0 with gradient 0.
+        dropout: applied to the weights, after the renormalisation: before it, dropout would move the cut.
+    """
+    with no_autocast(q.device.type):
+        dtype = statistics_dtype(q)
+        scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)  # [B, H, N, M]
+        scores, allowed = mask_scores(scores, attn_mask, is_causal)
+        if allowed is None:
+            weights = normaliser.weights(scores)  # [B, H, N, M]
+        else:
+            dead = fully_masked(scores)  # [B, H, N, 1]
+            weights = normaliser.weights(scores.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
+        if dropout is not None:
+            weights = dropout(weights)
+        out = (weights @ v.to(dtype)).to(v.dtype)  # [B, H, N, Dv]
+    return AttentionRecord(out, weights, scores, allowed, v, normaliser)
+
+
+def effective_support(weights: Tensor) -> Tensor:
+    """Effective number of keys, 1 / sum_j A_ij^2 [..., N]; 0 for a zero row."""
+    squares = weights.square().sum(dim=-1)
+    return torch.where(squares > 0, 1 / squares, 0.0)
