@@ -125,10 +125,11 @@ test-course: $(STAMP) ## only the coursework's tests: planted answers, grading, 
 	$(ONE_THREAD) $(PY) -m pytest -q tests/course -n $(JOBS) --dist loadfile
 
 .PHONY: lint
-lint: $(STAMP) ## ruff, mypy and the notebook lint
+lint: $(STAMP) ## ruff, mypy, the import contracts and the notebook lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check svit_utils svit_course research tests tools benchmarks conftest.py
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m tools.lint_notebooks notebooks/*.ipynb notebooks/assignments/*.ipynb
 
 .PHONY: pins

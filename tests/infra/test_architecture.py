@@ -1,0 +1,80 @@
+"""The library stays small, its files and functions stay readable, and nobody reaches into a neighbour's private parts.
+
+Which package may import which is the contract in pyproject.toml, checked by import-linter in ``make lint``.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from svit_utils.paths import repo_root
+
+ROOT = repo_root()
+PACKAGES = ("svit_utils", "svit_course", "research", "benchmarks", "tools")
+LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 9000, 400, 80
+# A kernel is one function by its nature: what it keeps on the chip cannot be handed to another.
+KERNELS = "svit_utils/attention/backends/kernels.py"
+
+
+def sources() -> list[Path]:
+    assert ROOT is not None
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    assert ROOT is not None
+    return path.relative_to(ROOT).as_posix()
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_library_is_small() -> None:
+    count = sum(lines(path) for path in sources() if name_of(path).startswith("svit_utils/"))
+    assert 1000 < count <= LIBRARY_LINES, f"svit_utils has {count} lines"
+
+
+def test_no_file_is_long() -> None:
+    long = {name_of(path): lines(path) for path in sources() if lines(path) > FILE_LINES}
+    long.pop(KERNELS, None)
+    assert not long
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def test_no_function_is_long() -> None:
+    long = {
+        f"{name_of(path)}: {name}": length
+        for path in sources()
+        if name_of(path) != KERNELS
+        for name, length in functions(path)
+        if length > FUNCTION_LINES
+    }
+    assert not long
+
+
+def test_nothing_private_is_imported_from_a_neighbour() -> None:
+    found = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+                found += [f"{name_of(path)}: {a.name}" for a in node.names if a.name.startswith("_")]
+    assert not found
+
+
+@pytest.mark.parametrize("module", ["svit_utils", "svit_utils.attention"])
+def test_the_operator_comes_without_pandas_and_matplotlib(module: str) -> None:
+    program = f"import sys, {module}; print([m for m in ('pandas', 'matplotlib', 'captum') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
