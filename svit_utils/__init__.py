@@ -6,7 +6,22 @@ Names are imported on first use, so that ``python -m svit_utils doctor`` runs wh
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
+    from svit_utils.attention import (
+        FixedThreshold,
+        LearnableThreshold,
+        RelativeThreshold,
+        SparseAttention,
+        TokenSparsityTracker,
+        densify,
+        sparsified,
+        sparsify,
+        thresholded_attention,
+        thresholded_softmax,
+    )
+    from svit_utils.models import load_trained, save_trained
 
 __version__ = "0.1.0"
 
@@ -17,6 +32,8 @@ __all__ = [
     "SparseAttention",
     "TokenSparsityTracker",
     "densify",
+    "load_trained",
+    "save_trained",
     "sparsified",
     "sparsify",
     "thresholded_attention",
@@ -26,7 +43,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("svit_utils.attention"), name)
+        home = "svit_utils.models" if name.endswith("_trained") else "svit_utils.attention"
+        return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,8 +1,10 @@
-"""Models by name, and their weights: timm's, local ones, and the checkpoints that this repository ships."""
+"""Models by name, and trained models as files that bring their attention, classes and normalisation back with them."""
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,65 +12,71 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import filter_pretrained_cfg
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from svit_utils.attention import LearnableThreshold, sparsify
+from svit_utils.attention.surgery import describe_sparsity, restore_sparsity
+from svit_utils.files import replacing
 from svit_utils.paths import checkpoints_dir, weights_dir
+from svit_utils.weights import WeightsError, load_weights, read_state, save_weights, state_difference, write_state
 
 SMALL_VIT = "small_vit"
-
-
-class WeightsError(ValueError):
-    """Weights that are missing, damaged, or of another model; the message says which and what to do."""
+FORMAT = 1  # of the cards that `save_trained` writes; raised when an older `load_trained` could not read them
+_WEIGHTS, _CONFIG, _OURS = "model.safetensors", "config.json", "svit_utils"  # the last: our part of timm's config
+_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # as in timm's pretrained_cfg
+_FROM_MODEL = ("architecture", "model_args", "num_classes", "attention")  # in a card, but nobody has to give them
 
 
 def create_model(
     name: str, num_classes: int = 10, img_size: int | None = None, pretrained: bool = False, **kwargs: Any
 ) -> nn.Module:
-    """A dense model.
+    """Build a dense model.
 
     Args:
         name: ``"small_vit"`` (56 px, patch 4: 14 x 14 tokens and a class token, N = 197 as in ViT-Base/16 at 224 px;
             width 96, depth 4, 3 heads) or a timm name.
-        num_classes: outputs; a pretrained head of another size is replaced by a new one.
-        img_size: pixels along a side, where the model's own is not wanted.
-        pretrained: load ``$SVIT_WEIGHTS_DIR/<name>.safetensors`` if it is there, else what timm downloads.
-        **kwargs: for timm.
+        num_classes: number of outputs; a pretrained head of another size is replaced by a new one.
+        img_size: pixels along a side, if not the model's own size.
+        pretrained: load ``$SVIT_WEIGHTS_DIR/<name>.safetensors`` if it exists, else let timm download weights.
+        **kwargs: passed to timm.
 
     Raises:
         WeightsError: pretrained weights neither found nor downloadable, damaged, or of another model.
-        ValueError: unknown name, or an img_size that `small_vit` cannot cut into patches.
+        ValueError: unknown name, or an img_size that the model cannot take.
     """
+    if img_size is not None:
+        kwargs["img_size"] = img_size
     if name == SMALL_VIT:
         if pretrained:
             raise ValueError(f"{SMALL_VIT} has no pretrained weights; use load_embedded for the shipped checkpoints")
-        if img_size is not None and (img_size < 4 or img_size % 4):
+        size = kwargs.setdefault("img_size", 56)
+        if size < 4 or size % 4:
             raise ValueError(
-                f"{SMALL_VIT} cuts images into patches of 4 pixels: img_size must be a multiple of 4, got {img_size}"
+                f"{SMALL_VIT} cuts images into patches of 4 pixels: img_size must be a multiple of 4, got {size}"
             )
-        return VisionTransformer(
-            img_size=img_size or 56, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=num_classes, **kwargs
-        )
+        about = {"input_size": (3, size, size), "fixed_input_size": True, "num_classes": num_classes, "crop_pct": 1.0}
+        about |= {"first_conv": "patch_embed.proj", "classifier": "head"}
+        shape = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+        return _build("vit_tiny_patch16_224", pretrained_cfg=about, num_classes=num_classes, **{**shape, **kwargs})
     if not timm.is_model(name):
         raise ValueError(f"unknown model {name!r}: use {SMALL_VIT!r} or a timm name (timm.list_models() lists them)")
-    if img_size is not None:
-        kwargs["img_size"] = img_size
     if not pretrained:
-        return timm.create_model(name, num_classes=num_classes, **kwargs)
+        return _build(name, num_classes=num_classes, **kwargs)
     folder = weights_dir()
     local = None if folder is None else folder / f"{name}.safetensors"
     if local is not None and local.is_file():
-        resize = kwargs.pop("img_size", None)
-        model = timm.create_model(name, **kwargs)
+        size = kwargs.pop("img_size", None)
+        model = _build(name, **kwargs)
         load_weights(model, local)
-        if resize is not None:
-            _set_img_size(model, name, resize)
+        if size is not None:
+            resize(model, size)
         if num_classes != model.num_classes:
             model.reset_classifier(num_classes)  # type: ignore[operator]
         return model
     try:
-        return timm.create_model(name, num_classes=num_classes, pretrained=True, **kwargs)
+        return _build(name, pretrained=True, num_classes=num_classes, **kwargs)
     except Exception as error:  # timm passes on whatever its hub client raises
         raise WeightsError(
             f"no pretrained weights for {name}: not found in SVIT_WEIGHTS_DIR ({folder or 'not set'}), and the "
@@ -77,10 +85,14 @@ def create_model(
         ) from error
 
 
-def _set_img_size(model: nn.Module, name: str, img_size: int) -> None:
-    """Resample the position embeddings, as timm does with weights that it downloads."""
+def resize(model: nn.Module, img_size: int) -> None:
+    """Change the model's image size in place; timm resamples the position embeddings.
+
+    Raises:
+        ValueError: a model that takes one image size only.
+    """
     if not hasattr(model, "set_input_size"):
-        raise ValueError(f"{name} takes its weights' own image size only; leave img_size out")
+        raise ValueError(f"{type(model).__name__} takes its weights' own image size only; leave img_size out")
     model.set_input_size(img_size=img_size)  # type: ignore[operator]
 
 
@@ -99,59 +111,225 @@ def load_embedded(name: str) -> nn.Module:
     return model.eval()
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write the state_dict as safetensors; an existing file is replaced whole or not at all."""
+def save_trained(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    card: Mapping[str, Any] | None = None,
+    *,
+    architecture: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a model, dense or sparse, so that `load_trained` gives the same model back in another process.
+
+    Saved are the weights, the timm name and arguments, which attention modules are sparse and how (threshold, warm-up,
+    normaliser, ``empty_rows``, backend), class names and normalisation. Not saved, as in timm: drop rates, and
+    switches of the process such as ``timm.layers.set_fused_attn``.
+
+    Args:
+        model: a timm model or `small_vit`; wrappers of ``torch.compile`` and DistributedDataParallel are taken off.
+        path: a name ending in ``.safetensors`` for one file with the card in its header; any other name for a folder
+            with ``model.safetensors`` and ``config.json``. timm reads the folder too, but builds the model dense:
+            ``timm.create_model("local-dir:<folder>", pretrained=True)``.
+        card: what else to keep, anything that JSON can hold. ``label_names`` (a name per class), ``input_size``,
+            ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode`` replace what the model's
+            ``pretrained_cfg`` says. ``architecture``, ``model_args``, ``num_classes`` and ``attention`` are read off the
+            model, whatever the card says.
+        architecture: timm name of a model without one in its ``pretrained_cfg``.
+        model_args: arguments of ``timm.create_model`` to add or replace, where the model does not know its own.
+
+    Returns:
+        The path. Existing files are replaced whole or not at all.
+
+    Raises:
+        ValueError: the timm name is unknown, timm would build another model, or a value cannot be written as JSON.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    state = {name: value.detach().contiguous().cpu().clone() for name, value in model.state_dict().items()}
-    save_file(state, partial, metadata=dict(metadata or {}))
-    os.replace(partial, path)
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    config, learned = _describe(model, dict(card or {}), architecture, dict(model_args or {}))
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return save_weights(model, path, {"format": "pt", "card": json.dumps(config)})
+    if path.is_file():
+        raise ValueError(f"{path} is a file: give a name ending in .safetensors, or the name of a folder")
+    state = model.state_dict()
+    # timm loads strictly and does not know learned thresholds, so these stand in config.json.
+    config[_OURS]["learned"] = {name: state.pop(name).tolist() for name in learned}
+    with replacing(path / _WEIGHTS) as weights, replacing(path / _CONFIG) as text:
+        write_state(state, weights, {"format": "pt"})
+        text.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def read_card(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata a checkpoint of ours carries: data, steps, seed, accuracy.
+def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild what `save_trained` saved, or a checkpoint that this repository ships.
+
+    Args:
+        path: the ``.safetensors`` file or the folder.
+
+    Returns:
+        The model, in eval mode on the CPU, and its card: what was given to `save_trained`, with ``architecture``,
+        ``model_args``, ``num_classes``, ``label_names`` (or None), ``input_size``, ``mean``, ``std``,
+        ``interpolation``, ``crop_pct``, ``crop_mode`` and ``attention`` (see `describe_sparsity`).
+        A shipped checkpoint's card holds text only: data, steps, seed, accuracy.
 
     Raises:
-        WeightsError: missing or damaged file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a safetensors file strictly.
-
-    Raises:
-        WeightsError: missing or damaged file, or one of another model, with the first names or shapes that differ.
+        WeightsError: missing or damaged, without a card, or written by a newer version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"no weights at {path}")
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path.name} is damaged ({error}); fetch or train it again") from error
-    own = model.state_dict()
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or unknown or shapes:
-        details = []
-        if missing:
-            details.append(f"{len(missing)} missing (first: {missing[0]})")
-        if unknown:
-            details.append(f"{len(unknown)} unknown (first: {unknown[0]})")
-        if shapes:
-            k = shapes[0]
-            details.append(
-                f"{len(shapes)} of another shape (first: {k}, {tuple(state[k].shape)} for {tuple(own[k].shape)})"
+    config = _read_config(path)
+    if _OURS not in config:
+        if "model" not in config:
+            raise WeightsError(
+                f"{path} has no card, and a plain state dict has no thresholds: build the model with create_model, "
+                "sparsify it yourself and use load_weights"
             )
+        return _load_flat(path, config), config
+    try:
+        about = config["pretrained_cfg"] | {k: config[k] for k in ("num_classes", "label_names") if k in config}
+        with torch.random.fork_rng(devices=[]):  # the new model's random weights leave no trace in the caller's numbers
+            model = _build(config["architecture"], pretrained_cfg=about, **config["model_args"])
+        restore_sparsity(model, config[_OURS]["attention"])
+        learned = {name: torch.tensor(value) for name, value in config[_OURS].get("learned", {}).items()}
+        card = _card(config)
+    except Exception as error:  # timm raises whatever an argument that it does not know leads to
         raise WeightsError(
-            f"{path.name} holds another model than {type(model).__name__}: tensors " + ", ".join(details)
+            f"{path} cannot be rebuilt with timm {timm.__version__}; it was saved with timm "
+            f"{config[_OURS].get('timm')} ({type(error).__name__}: {error})"
+        ) from error
+    state = read_state(path / _WEIGHTS if path.is_dir() else path) | learned
+    if difference := state_difference(model.state_dict(), state):
+        raise WeightsError(f"the weights in {path} are not those of the model in its card: tensors {difference}")
+    model.to(state[next(name for name, _ in model.named_parameters())].dtype)  # buffers that are not saved follow
+    mixed = any(state[name].dtype != value.dtype for name, value in model.state_dict().items())
+    model.load_state_dict(state, assign=mixed)
+    return model.eval(), card
+
+
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The card of a saved model as `load_trained` returns it, without building the model; {} where there is none.
+
+    Raises:
+        WeightsError: missing or damaged, or written by a newer version.
+    """
+    config = _read_config(Path(path))
+    return _card(config) if _OURS in config else config
+
+
+def _build(name: str, **arguments: Any) -> nn.Module:
+    """`timm.create_model`; older versions do not keep the arguments on the model, which `save_trained` needs."""
+    model = timm.create_model(name, **arguments)
+    if not hasattr(model, "_model_args"):
+        model._model_args = {k: v for k, v in arguments.items() if k not in ("pretrained", "pretrained_cfg")}
+    return model
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments with which timm builds this model."""
+    try:
+        from timm.models import get_model_args
+    except ImportError:  # older timm: what `_build` kept, and what the model says of itself
+        found = {k: v for k, v in getattr(model, "_model_args", {}).items() if "drop" not in k}
+        found |= {name: getattr(model, name, None) for name in ("num_classes", "in_chans", "global_pool")}
+        return found | {"img_size": getattr(getattr(model, "patch_embed", None), "img_size", None)}
+    return get_model_args(model)
+
+
+def _describe(
+    model: nn.Module, card: dict[str, Any], architecture: str | None, model_args: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """(timm's config.json with our part in it, names of the learned thresholds in the state_dict)."""
+    about = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    architecture = architecture or about.get("architecture")
+    if architecture is None or not timm.is_model(architecture):
+        raise ValueError(
+            f"{type(model).__name__} does not say which timm model it is (model.pretrained_cfg['architecture'] is "
+            f"{architecture!r}): pass architecture='<timm name>', and model_args if it was built with arguments"
         )
-    with torch.no_grad():
-        model.load_state_dict(state)
+    arguments = _as_json({k: v for k, v in (_arguments(model) | model_args).items() if v is not None}, "model_args")
+    about = filter_pretrained_cfg(about or timm.get_pretrained_cfg(architecture).to_dict(), remove_source=True)
+    about |= {k: card[k] for k in _INPUT if card.get(k) is not None} | {"custom_load": False, "state_dict": None}
+    names = card.get("label_names")
+    if names is not None and len(names) != model.num_classes:
+        raise ValueError(f"label_names has {len(names)} names, but the model has {model.num_classes} classes")
+    kept = _as_json({k: v for k, v in card.items() if k not in (*_INPUT, *_FROM_MODEL, "label_names")}, "card")
+    ours = {"format": FORMAT, "timm": timm.__version__, "attention": describe_sparsity(model), "card": kept}
+    with torch.device("meta"):  # shapes without numbers
+        twin = _build(architecture, pretrained_cfg=about, **arguments)
+    dense = twin.state_dict().keys()
+    restore_sparsity(twin, ours["attention"])
+    if difference := state_difference(twin.state_dict(), model.state_dict()) or _other_module(model, twin):
+        raise ValueError(
+            f"timm's {architecture!r} with {arguments} is another model than this one: {difference}. Pass the "
+            "architecture and the model_args that build it"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        extra = {"pretrained_cfg": about, "label_names": names, _OURS: ours}
+        save_config_for_hf(twin, Path(folder, _CONFIG), extra, arguments)
+        config = json.loads(Path(folder, _CONFIG).read_text(encoding="utf-8"))
+    return config, [name for name in model.state_dict() if name not in dense]
+
+
+def _other_module(model: nn.Module, twin: nn.Module) -> str:
+    """The first module that is of another class in ``twin``; "" if none. What does nothing in eval mode is skipped."""
+
+    def classes(of: nn.Module) -> dict[str, str]:
+        kinds = {name: type(module).__name__ for name, module in of.named_modules()}
+        return {name: kind for name, kind in kinds.items() if kind != "Identity" and "Drop" not in kind}
+
+    own, other = classes(model), classes(twin)
+    different = [name for name in own | other if own.get(name) != other.get(name)]
+    return f"{different[0] or 'the model'} is a {own.get(different[0], 'Identity')}" if different else ""
+
+
+def _as_json(entries: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The entries as they come back from JSON."""
+    for name, value in entries.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the entry {name!r} of {what} cannot be written as JSON: {error}") from error
+    return json.loads(json.dumps(entries))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What stands beside the weights: timm's config with our part, the flat text of older files, or {}."""
+    try:
+        if path.is_dir():
+            text = (path / _CONFIG).read_text(encoding="utf-8")
+        else:
+            with safe_open(path, framework="pt") as file:
+                flat = dict(file.metadata() or {})
+            if "card" not in flat:
+                return {k: v for k, v in flat.items() if k != "format"}
+            text = flat["card"]
+        config = json.loads(text)
+        version = config[_OURS]["format"] if _OURS in config else FORMAT
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"no model can be read from {path}: {error}") from error
+    if version > FORMAT:
+        raise WeightsError(
+            f"{path} was written by a newer svit_utils (card format {version}, known here up to {FORMAT}): update it"
+        )
+    return config
+
+
+def _card(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The card as users see it, in one level."""
+    about, ours = config["pretrained_cfg"], config[_OURS]
+    found = {name: config[name] for name in ("architecture", "model_args", "num_classes")}
+    found |= {"label_names": config.get("label_names", about.get("label_names")), "attention": ours["attention"]}
+    return ours["card"] | found | {name: about[name] for name in _INPUT}
+
+
+def _load_flat(path: Path, card: Mapping[str, str]) -> nn.Module:
+    """A model from the older kind of card, text by name, that the shipped checkpoints carry."""
+    said = {name: value for name, value in card.items() if value not in ("", "None")}
+    size = int(said["img_size"]) if "img_size" in said else None
+    model = create_model(said["model"], int(said.get("num_classes", 10)), size)
+    if "threshold" in said:
+        tau = float(said["threshold"])
+        threshold = LearnableThreshold(tau, per=said["learnable"]) if "learnable" in said else tau
+        layers = json.loads(said["layers"]) if "layers" in said else None
+        sparsify(model, threshold, layers=layers, empty_rows=said.get("empty_rows", "dense"))
+    load_weights(model, path)
+    return model.eval()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from svit_utils.cli import doctor, paths
+from svit_utils import paths
+from svit_utils.cli import doctor
 
 MISMATCH = "raise RuntimeError('operator torchvision::nms does not exist')"
 

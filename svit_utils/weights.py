@@ -1,0 +1,67 @@
+"""Weights as safetensors files: written whole or not at all, loaded strictly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from svit_utils.files import replacing
+
+
+class WeightsError(ValueError):
+    """Weights that are missing, damaged, or of another model; the message says which and what to do."""
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write the state_dict as one safetensors file; an existing file is replaced whole or not at all.
+
+    Only tensors are saved. To keep a sparse model's thresholds, use `svit_utils.models.save_trained`.
+    """
+    with replacing(path) as partial:
+        write_state(model.state_dict(), partial, metadata)
+    return Path(path)
+
+
+def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors to ``path`` as safetensors; tensors that share memory are written once each."""
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, dict(metadata or {}))
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a safetensors file strictly into ``model``, in the model's own dtype.
+
+    Raises:
+        WeightsError: missing or damaged file, or one of another model; the message names the first difference.
+    """
+    state = read_state(path)
+    if difference := state_difference(model.state_dict(), state):
+        raise WeightsError(f"{Path(path).name} holds another model than {type(model).__name__}: tensors {difference}")
+    model.load_state_dict(state)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; raises as `load_weights`."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path.name} is damaged ({error}); fetch or train it again") from error
+
+
+def state_difference(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """How ``other`` differs from ``own`` in names and shapes, with the first of each kind; "" where it does not."""
+    missing, unknown = sorted(set(own) - set(other)), sorted(set(other) - set(own))
+    shapes = [
+        f"{name}, {tuple(other[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in other and own[name].shape != other[name].shape
+    ]
+    kinds = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    return ", ".join(f"{len(found)} {kind} (first: {found[0]})" for kind, found in kinds.items() if found)
