@@ -19,6 +19,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ _SPLIT_SEED = 10
 _TIMEOUT_S = 30
 _PARTIAL = ".cifar10-partial-"
 _STALE_S = 3600  # a running download keeps changing its folder; one unchanged for this many seconds was killed
-
-
 # What a network, a server or an archive can do wrong. KeyboardInterrupt is not among them.
 _FAILURES = (OSError, http.client.HTTPException, ValueError, tarfile.TarError, zlib.error, EOFError)
 
@@ -79,8 +78,8 @@ def cifar10(
 ) -> Cifar10:
     """CIFAR-10 as a data set of (float32 [3, img_size, img_size], label).
 
-    The 50,000 training images are split once and for all into 45,000 ("train") and 5,000 ("val", 500 of each class);
-    the 10,000 of "test" are for reporting, not for choosing.
+    The 50,000 training images are split, always alike, into 45,000 ("train") and 5,000 ("val", 500 of each class); the
+    10,000 of "test" are for reporting, not for choosing.
 
     Args:
         split: "train", "val" or "test".
@@ -142,9 +141,7 @@ def _expected() -> dict[str, str]:
     """File name to MD5, for every file of the set, as torchvision checks them."""
     from torchvision.datasets import CIFAR10
 
-    files: dict[str, str] = dict([*CIFAR10.train_list, *CIFAR10.test_list])
-    files[CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
-    return files
+    return dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
 
 
 def _md5(path: Path) -> str:
@@ -172,11 +169,10 @@ def _faults(folder: Path) -> list[str]:
 
 def _diagnosis(folder: Path) -> str:
     """The message of `DamagedDataError`: what is wrong with which file, and how to mend it."""
-    faults = _faults(folder) or [f"{folder}: cannot be read by torchvision"]
+    faults = "\n  ".join(_faults(folder) or [f"{folder}: cannot be read by torchvision"])
     return (
-        "CIFAR-10 is there, but not as it should be:\n  "
-        + "\n  ".join(faults)
-        + f"\nReplace these files, or remove the folder {folder} to have the set downloaded again."
+        f"CIFAR-10 is there, but not as it should be:\n  {faults}\n"
+        f"Replace these files, or remove the folder {folder} to have the set downloaded again."
     )
 
 
@@ -186,42 +182,39 @@ def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
 
     local = folder / CIFAR10.filename
     sources = ([local.resolve().as_uri()] if local.is_file() else []) + list(addresses)
-    tried: list[str] = []
-    if sources:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_stale(folder)
-            scratch = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
-        except OSError as error:
-            raise DataNotFoundError(_missing(folder, [f"cannot write to {folder}: {error}"], download)) from error
-        try:
-            for source in sources:
-                try:
-                    _fetch(source, scratch / CIFAR10.filename, CIFAR10.tgz_md5)
-                    _unpack(scratch / CIFAR10.filename, scratch / FOLDER)
-                    _move(scratch / FOLDER, folder / FOLDER)
-                    return
-                except _FAILURES as error:
-                    tried.append(f"{source}: {error or type(error).__name__}")
-                    log.warning("CIFAR-10 from %s failed: %s", source, error or type(error).__name__)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    if not sources:
+        raise DataNotFoundError(_missing(folder, [], download))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        scratch = tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DataNotFoundError(_missing(folder, [f"cannot write to {folder}: {error}"], download)) from error
+    tried = []
+    with scratch as name:
+        for source in sources:
+            try:
+                _fetch(source, Path(name, CIFAR10.filename), CIFAR10.tgz_md5)
+                _unpack(Path(name, CIFAR10.filename), Path(name, FOLDER))
+                return _move(Path(name, FOLDER), folder / FOLDER)
+            except _FAILURES as error:
+                tried.append(f"{source}: {error or type(error).__name__}")
+                log.warning("CIFAR-10 from %s failed: %s", source, error or type(error).__name__)
     raise DataNotFoundError(_missing(folder, tried, download))
 
 
 def _missing(folder: Path, tried: Sequence[str], download: bool) -> str:
     """The message of `DataNotFoundError`: what was tried, and where to put the files."""
-    lines = [f"CIFAR-10 was not found: there is no {folder / FOLDER}."]
     if tried:
-        lines += ["Tried:", *(f"  {t}" for t in tried)]
+        attempts = "Tried:\n" + "".join(f"  {attempt}\n" for attempt in tried)
     else:
-        lines.append("Nothing was downloaded: " + ("the list of mirrors is empty." if download else "download=False."))
-    lines += [
-        f"Put the folder {FOLDER}/ (or the archive cifar-10-python.tar.gz) into {folder},",
-        "or set SVIT_DATA_DIR to the folder that holds it,",
-        f"or {MIRRORS_VARIABLE} to an address that serves the archive.",
-    ]
-    return "\n".join(lines)
+        attempts = f"Nothing was downloaded: {'the list of mirrors is empty' if download else 'download=False'}.\n"
+    return (
+        f"CIFAR-10 was not found: there is no {folder / FOLDER}.\n{attempts}"
+        f"Put the folder {FOLDER}/ (or the archive cifar-10-python.tar.gz) into {folder},\n"
+        f"or set SVIT_DATA_DIR to the folder that holds it,\n"
+        f"or {MIRRORS_VARIABLE} to an address that serves the archive."
+    )
 
 
 def _fetch(source: str, path: Path, md5: str) -> None:
@@ -246,22 +239,17 @@ def _fetch(source: str, path: Path, md5: str) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Copy the expected files, by name and nothing else, out of the archive into ``folder``.
-
-    Raises:
-        ValueError: a file is missing from the archive, or damaged.
-    """
+    """Copy the expected files, by name and nothing else, into ``folder``; ValueError if one is missing or damaged."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     wanted = _expected()
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             parent, _, name = member.name.removeprefix("./").rpartition("/")
-            if parent == FOLDER and name in wanted and member.isfile():
-                content = tar.extractfile(member)
-                if content is not None:
-                    with content, (folder / name).open("wb") as file:
-                        shutil.copyfileobj(content, file)
+            regular = parent == FOLDER and name in wanted and member.isfile()
+            if regular and (content := tar.extractfile(member)) is not None:
+                with content, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(content, file)
     if faults := _faults(folder):
         raise ValueError("the archive does not hold the set: " + "; ".join(faults))
 
@@ -278,9 +266,6 @@ def _move(made: Path, destination: Path) -> None:
 def _remove_stale(folder: Path) -> None:
     """Remove the temporary folders that killed processes left behind."""
     for left in folder.glob(_PARTIAL + "*"):
-        try:
-            newest = max(p.stat().st_mtime for p in [left, *left.rglob("*")])
-        except FileNotFoundError:  # another process is at work in there, or has just removed it
-            continue
-        if time.time() - newest > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process is at work in there, or has just removed it
+            if time.time() - max(p.stat().st_mtime for p in [left, *left.rglob("*")]) > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)

@@ -11,15 +11,11 @@ import numpy as np
 
 Array = np.ndarray
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: SplitMix64's step
-_MASK64 = (1 << 64) - 1
+_GOLDEN, _MASK64 = 0x9E3779B97F4A7C15, (1 << 64) - 1  # SplitMix64's step: 2**64 over the golden ratio
 
 
 class Use:
-    """The first counter of each use. Never renumber: every picture would change, and checkpoints were trained on them.
-
-    The second line of single counters is colour and background; uses of several numbers start at 1000 and above.
-    """
+    """The first counter of each use. Never renumber: every picture would change, also those of trained models."""
 
     MIDDLE, CONTRAST, SIGN, AREA, TURN, X, Y = range(7)
     HUE, SATURATION, BACKGROUND_HUE, BACKGROUND_SATURATION, FAMILY, TIED, SWAP = range(7, 14)

@@ -45,8 +45,7 @@ def image_folder(
 
     Args:
         root: the folder of the set.
-        split: "train", "val" or "test" (folders called "validation" and the like are recognised), or None when the
-            class folders lie directly in ``root``.
+        split: a key of ``SPLIT_FOLDERS``, or None when the class folders lie directly in ``root``.
         img_size: side in pixels.
         augment: random resized crop and flip; else resize and centre crop, keeping ``crop_pct`` of the side.
         transform: applied to the PIL image in place of all that.
@@ -98,31 +97,25 @@ def _split_folder(base: Path, split: str | None) -> Path:
         return base
     if split not in present:
         wanted = " or ".join(f"{alias}/" for alias in SPLIT_FOLDERS[split])
+        names = sorted(entry.name for entry in base.iterdir())
+        found = ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "nothing"
         raise DataNotFoundError(
-            f"{base} has no folder {wanted}; found: {_listing(base)}. "
-            "With the class folders directly in it, leave split=None."
+            f"{base} has no folder {wanted}; found: {found}. With the class folders directly in it, leave split=None."
         )
     if split != "train" and "train" in present:
         # The labels are places in the list of folders, so two different lists would give one class two labels.
-        here, there = _classes(present[split]), _classes(present["train"])
+        folders = (present[split], present["train"])
+        here, there = ({entry.name for entry in folder.iterdir() if entry.is_dir()} for folder in folders)
         if here != there:
             raise ValueError(
-                f"the classes of {present[split]} and {present['train']} differ, so their labels would not agree: "
+                f"the classes of {folders[0]} and {folders[1]} differ, so their labels would not agree: "
                 f"{sorted(here ^ there)[:5]} in one only"
             )
     return present[split]
 
 
-def _classes(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if entry.is_dir()}
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-
-
 def _read(path: str) -> Any:
+    """The picture in RGB; DamagedDataError if it cannot be read."""
     from PIL import Image
 
     try:

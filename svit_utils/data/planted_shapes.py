@@ -55,9 +55,7 @@ class Difficulty:
         clutter: largest departure of the background's lightness from its mean.
         texture: the same for the object.
 
-    Raises:
-        ValueError: a number outside its range, or pictures in which the object could not always be told from its
-            background.
+    Raises ValueError for a number outside its range, or where the object could vanish into its background.
     """
 
     area: tuple[float, float] = (0.16, 0.30)
@@ -115,9 +113,8 @@ class PlantedBatch(NamedTuple):
 class PlantedShapes(Dataset):
     """Generated pictures of ten shapes on clutter, with the exact mask of the object. Nothing is downloaded or stored.
 
-    An item is ``(image, label)``: float32 [3, img_size, img_size] with about zero mean and unit deviation, and an int.
-    ``batch(indices)`` gives a :class:`PlantedBatch` with the masks as well. Classes are balanced: the label of picture
-    ``i`` is ``i % 10``.
+    An item is ``(image, label)``: float32 [3, img_size, img_size] with about zero mean and unit deviation, and an int,
+    which is ``i % 10`` for picture ``i``. ``batch(indices)`` gives a :class:`PlantedBatch` with the masks as well.
 
     Args:
         split: "train", "val" or "test"; the three have separate random streams, for the same seed too.

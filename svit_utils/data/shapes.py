@@ -17,29 +17,29 @@ from svit_utils.data.draws import Array, cosine
 ANGLES = 720  # directions in which `measures` tells the reach
 
 
-def _disc(x: Array, y: Array) -> Array:
+def disc(x: Array, y: Array) -> Array:
     return np.sqrt(x * x + y * y) - 1.0
 
 
-def _ring(x: Array, y: Array) -> Array:
+def ring(x: Array, y: Array) -> Array:
     return np.abs(np.sqrt(x * x + y * y) - 0.725) - 0.275
 
 
-def _square(x: Array, y: Array) -> Array:
+def square(x: Array, y: Array) -> Array:
     return np.maximum(np.abs(x), np.abs(y)) - 1.0
 
 
-def _triangle(x: Array, y: Array) -> Array:
+def triangle(x: Array, y: Array) -> Array:
     side = np.float32(math.sqrt(0.75)) * np.abs(x) + np.float32(0.5) * y
     return np.maximum(side, -y) - 0.5
 
 
-def _cross(x: Array, y: Array) -> Array:
+def cross(x: Array, y: Array) -> Array:
     a, b, width = np.abs(x), np.abs(y), 0.34
     return np.minimum(np.maximum(a - 1.0, b - width), np.maximum(a - width, b - 1.0))
 
 
-def _star(x: Array, y: Array) -> Array:
+def star(x: Array, y: Array) -> Array:
     # Fold the plane into the wedge between a tip (straight up) and the notch beside it: one straight edge is left.
     nx, ny = np.float32(math.cos(math.pi / 5)), np.float32(-math.sin(math.pi / 5))  # normal of centre to notch
     a, b = np.abs(x), y
@@ -52,20 +52,19 @@ def _star(x: Array, y: Array) -> Array:
     return np.float32(-ey / length) * a + np.float32(ex / length) * (b - 1.0)
 
 
-def _heart(x: Array, y: Array) -> Array:
+def heart(x: Array, y: Array) -> Array:
     root = np.float32(math.sqrt(0.5))
     u, v = root * (x + y), root * (y - x)
-    square = np.maximum(np.abs(u), np.abs(v)) - 1.0
     lobes = np.minimum(np.sqrt((u - 1.0) ** 2 + v * v), np.sqrt(u * u + (v - 1.0) ** 2)) - 1.0
-    return np.minimum(square, lobes)
+    return np.minimum(square(u, v), lobes)
 
 
-def _crescent(x: Array, y: Array) -> Array:
+def crescent(x: Array, y: Array) -> Array:
     bite = x - 0.5
     return np.maximum(np.sqrt(x * x + y * y) - 1.0, 0.8 - np.sqrt(bite * bite + y * y))
 
 
-def _arrow(x: Array, y: Array) -> Array:
+def arrow(x: Array, y: Array) -> Array:
     b = np.abs(y)
     shaft = np.maximum(np.maximum(-1.0 - x, x - 0.2), b - 0.26)
     length = math.hypot(0.85, 1.0)
@@ -73,24 +72,14 @@ def _arrow(x: Array, y: Array) -> Array:
     return np.minimum(shaft, head)
 
 
-def _hourglass(x: Array, y: Array) -> Array:
+def hourglass(x: Array, y: Array) -> Array:
     a, b = np.abs(x), np.abs(y)
     length = math.hypot(1.0, 0.74)
     return np.maximum(b - 1.0, np.float32(1.0 / length) * (a - 0.12) - np.float32(0.74 / length) * b)
 
 
-SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-    "star": _star,
-    "heart": _heart,
-    "crescent": _crescent,
-    "arrow": _arrow,
-    "hourglass": _hourglass,
-}
+_FUNCTIONS = (disc, ring, square, triangle, cross, star, heart, crescent, arrow, hourglass)
+SHAPES: dict[str, Callable[[Array, Array], Array]] = {shape.__name__: shape for shape in _FUNCTIONS}
 
 
 @lru_cache(maxsize=1)

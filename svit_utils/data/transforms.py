@@ -25,10 +25,8 @@ NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
 def normalisation(choice: Normalisation) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, by a name in ``NORMALISATIONS`` or a pair (mean, std) of three numbers.
 
-    A timm model wants its own: ``(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])``.
-
-    Raises:
-        ValueError: an unknown name, not three numbers each, or a deviation that is not positive.
+    A timm model wants its own: ``(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])``. Raises ValueError for
+    an unknown name, another number of channels, or a deviation that is not positive.
     """
     if isinstance(choice, str):
         if choice not in NORMALISATIONS:

@@ -1,6 +1,6 @@
-"""Attention drawn as if it had been cut: what any "sparse maps are cleaner" has to be compared with.
+"""Dense attention displayed as if it had been cut: the control for "sparse maps are cleaner".
 
-A dense model's map gets zeros by the drawing alone. If it then scores like the map of a model that was trained with
+A dense model's map gets zeros by the display alone. If it then scores like the map of a model that was trained with
 the cut, the training did nothing for the map.
 """
 
@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 from svit_utils.attention import ThresholdLike, thresholded_softmax
-
-__all__ = ["displayed", "displayed_top"]
+from svit_utils.attention.formula import renormalise
 
 
 def displayed(weights: Tensor, tau: ThresholdLike = 0.01, *, empty_rows: str = "dense") -> Tensor:
     """Rows of dense attention [..., N, M], each summing to 1, as the operator would have cut them: [..., N, M].
 
-    The rows are probabilities already, and softmax(log p) is p again.
+    Raises:
+        ValueError: as `thresholded_softmax`.
     """
-    return thresholded_softmax(weights.log(), tau, empty_rows=empty_rows)
+    return thresholded_softmax(weights.log(), tau, empty_rows=empty_rows)  # softmax(log p) is p again
 
 
 def displayed_top(weights: Tensor, kept: Tensor) -> Tensor:
     """Each row of ``weights`` [..., M] cut so that its ``kept`` [...] largest entries are left; rows sum to 1.
 
-    The row is cut at its largest entry that has to go, as the operator cuts at tau: ReLU(p - t) / sum. Of equal entries
-    round that place fewer than ``kept`` are left. Where ``kept`` is all of them, the row stays as it is.
+    The row is cut at its largest entry that has to go, as the operator cuts at tau: ReLU(p - t) / sum. Where entries
+    equal to that one should stay, they go as well, and fewer than ``kept`` are left. A row of which all entries are
+    kept, or none would be left, stays as it is.
 
     Raises:
         ValueError: ``kept`` of another shape, or outside 1 to M.
@@ -39,6 +40,4 @@ def displayed_top(weights: Tensor, kept: Tensor) -> Tensor:
     ordered = weights.sort(dim=-1, descending=True).values
     ordered = torch.cat([ordered, torch.zeros_like(ordered[..., :1])], dim=-1)  # [..., M + 1]: nothing below the last
     level = ordered.gather(-1, kept[..., None].long())  # [..., 1], the largest entry that has to go
-    cut = (weights - level).relu()
-    total = cut.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, cut / torch.where(total > 0, total, 1.0), weights)
+    return renormalise((weights - level).relu(), weights, "dense")

@@ -1,4 +1,4 @@
-"""Where the patch tokens of a model lie: how many prefix tokens come first and on which grid the rest stands."""
+"""Where a model's patch tokens lie: how many prefix tokens come first, and the grid of patches that follows them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TokenGrid", "readout_rows", "token_grid", "tokens_to_grid"]
+from svit_utils.explain.model_state import unwrap
 
 _SUPPORTED = (
     "supported are timm models whose tokens are `num_prefix_tokens` prefix tokens followed by one row-major grid of "
-    "patches "
-    "(ViT, DeiT, distilled DeiT, DINOv2 and DINOv3, SigLIP, EVA02)"
+    "patches (ViT, DeiT, distilled DeiT, DINOv2 and DINOv3, SigLIP, EVA02)"
 )
 
 
@@ -31,6 +30,7 @@ class TokenGrid:
 
     @property
     def num_patches(self) -> int:
+        """Patch tokens alone."""
         return self.height * self.width
 
     @property
@@ -39,20 +39,15 @@ class TokenGrid:
         return self.num_prefix + self.num_patches
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The eager module behind `torch.compile`; any other model as it is."""
-    return getattr(model, "_orig_mod", model)
-
-
 def token_grid(model: nn.Module, x: Tensor) -> TokenGrid:
     """The token grid of `model` for the images `x` [B, 3, H, W].
 
-    The prefix count is the model's own `num_prefix_tokens` (1 for ViT, 2 for distilled DeiT, 5 for DINOv2 with
-    registers, 0 for SigLIP), the grid its patch embedding's answer for this image size, so that non-square and dynamic
-    sizes come out right.
+    The number of prefix tokens is the model's own `num_prefix_tokens` (1 for ViT, 2 for distilled DeiT, 5 for DINOv2
+    with registers, 0 for SigLIP). The grid is asked of the patch embedding for this image size, so that non-square and
+    dynamic sizes come out right.
 
     Raises:
-        ValueError: no single grid of tokens exists (NaFlexViT with variable sequences, hybrids such as MobileViT,
+        ValueError: there is no single grid of tokens (NaFlexViT with variable sequences, hybrids such as MobileViT,
             hierarchical models).
     """
     model = unwrap(model)
@@ -92,7 +87,7 @@ def tokens_to_grid(tokens: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def readout_rows(model: nn.Module, grid: TokenGrid) -> Tensor:
-    """Indices of the tokens the classifier reads: the query rows an explanation by attention starts from.
+    """Indices of the tokens that the classifier reads: the queries that an explanation by attention starts from.
 
     Class-token heads: token 0, and for a distilled DeiT token 1 as well, whose head it averages with. Mean-pooled and
     attention-pooled heads: every patch token, all counted alike.
@@ -101,3 +96,12 @@ def readout_rows(model: nn.Module, grid: TokenGrid) -> Tensor:
     if getattr(model, "global_pool", None) == "token" and grid.num_prefix > 0:
         return torch.arange(2 if getattr(model, "dist_token", None) is not None else 1)
     return torch.arange(grid.num_prefix, grid.num_tokens)
+
+
+def read_out(weights: Tensor, model: nn.Module, grid: TokenGrid) -> Tensor:
+    """What the classifier's tokens take from each patch: [..., N, N] weights (rows are queries) -> [..., h, w].
+
+    It is the mean over `readout_rows`; what comes from prefix tokens is left out.
+    """
+    rows = weights[..., readout_rows(model, grid).to(weights.device), :].mean(dim=-2)  # [..., N]
+    return rows[..., grid.num_prefix :].unflatten(-1, grid.size)  # [..., h, w]

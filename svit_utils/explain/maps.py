@@ -12,45 +12,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svit_utils.attention.module import SparseAttentionMixin
-from svit_utils.explain.grid import readout_rows, token_grid, unwrap
-
-__all__ = ["attention_layers", "attention_maps", "class_attention", "upsample"]
-
-_DENSE = (Attention, AttentionRope, EvaAttention)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the body; every module's own training flag comes back after it."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
+from svit_utils.explain.grid import TokenGrid, read_out, token_grid
+from svit_utils.explain.model_state import evaluating, unwrap
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every self-attention module whose map can be read, by name, in the model's order.
 
-    Sparse ones, and timm's `Attention`, `AttentionRope` and `EvaAttention` with timm's own forward: a subclass that
-    computes something else would give a map that is not what it multiplies with V.
+    These are the sparse ones, and timm's `Attention`, `AttentionRope` and `EvaAttention` with timm's own forward. A
+    subclass with another forward is left out: the weights read from it might not be those that it multiplies with V.
     """
     found = {}
     for name, module in unwrap(model).named_modules():
-        dense = any(isinstance(module, cls) and type(module).forward is cls.forward for cls in _DENSE)
-        if isinstance(module, SparseAttentionMixin) or dense:
+        dense = (
+            isinstance(module, cls) and type(module).forward is cls.forward
+            for cls in (Attention, AttentionRope, EvaAttention)
+        )
+        if isinstance(module, SparseAttentionMixin) or any(dense):
             found[name] = module
     return found
 
 
 def _select(names: list[str], layers: Sequence[int | str] | int | str | None) -> list[str]:
+    """Those of `names` that `layers` asks for, by index or name, in the model's order."""
     if layers is None:
         return names
-    chosen = [layers] if isinstance(layers, (int, str)) else list(layers)
     picked = []
-    for layer in chosen:
+    for layer in [layers] if isinstance(layers, (int, str)) else layers:
         if isinstance(layer, str) and layer in names:
             picked.append(layer)
         elif isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
@@ -65,31 +53,21 @@ def _select(names: list[str], layers: Sequence[int | str] | int | str | None) ->
 
 @contextmanager
 def _recording(module: nn.Module, name: str, store: dict[str, Tensor]) -> Iterator[None]:
-    """Put the weights of `module`'s next forward in `store[name]`."""
-    if isinstance(module, SparseAttentionMixin):
+    """Put the weights of `module`'s next forward pass in `store[name]`.
 
-        def observe(_module, record) -> None:
-            store[name] = record.weights.detach()
-
-        module.observers.append(observe)
-        try:
-            yield
-        finally:
-            module.observers.remove(observe)
-    else:
-        # The fused kernel never forms the weights: timm's own unfused path does, and hands them to `attn_drop`, the
-        # identity in
-        # evaluation mode, just before it multiplies them with V.
-        fused = module.fused_attn
-        module.fused_attn = False
-        handle = module.attn_drop.register_forward_hook(
-            lambda _m, _args, weights: store.__setitem__(name, weights.detach())
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
-            module.fused_attn = fused
+    A fused kernel never forms the weights. Unfused, timm's modules and the sparse ones hand them to `attn_drop` just
+    before they multiply them with V, and in evaluation mode that module changes nothing.
+    """
+    fused = module.fused_attn
+    module.fused_attn = False
+    handle = module.attn_drop.register_forward_hook(
+        lambda _module, _args, weights: store.__setitem__(name, weights.detach())
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+        module.fused_attn = fused
 
 
 @torch.no_grad()
@@ -99,8 +77,8 @@ def attention_maps(
     """One forward pass of `x` [B, 3, H, W]: layer name -> the weights [B, H, N, N] that multiply V in that layer.
 
     For a sparse layer these are the weights after the cut, the renormalisation and the empty-row fallback. A zero
-    among them says that the value of that key does not reach the query; its score still moves the softmax normaliser
-    of the keys that stay.
+    among them says that the value of that key does not reach the query; its score still changes the denominator of the
+    softmax, and with it the weights of the keys that stay.
 
     Args:
         layers: indices into `attention_layers(model)`, names, or None for all; order is the model's.
@@ -125,27 +103,46 @@ def attention_maps(
     return {name: store[name] for name in names if name in store}
 
 
+def maps_on_grid(
+    model: nn.Module, x: Tensor, layers: Sequence[int | str] | int | str | None = None
+) -> tuple[dict[str, Tensor], TokenGrid]:
+    """`attention_maps`, checked to be over the tokens of the model's grid, and that grid.
+
+    Raises:
+        ValueError: as `attention_maps` and `token_grid`; a layer over other tokens.
+    """
+    grid = token_grid(model, x)
+    maps = attention_maps(model, x, layers)
+    for name, weights in maps.items():
+        if weights.shape[-1] != grid.num_tokens:
+            raise ValueError(
+                f"layer {name} attends over {weights.shape[-1]} tokens, the model's grid has {grid.num_tokens}"
+            )
+    return maps, grid
+
+
 def class_attention(model: nn.Module, x: Tensor, layer: int | str = -1) -> Tensor:
     """Attention of the classifier's token to every patch, per head: [B, H, h, w].
 
     The query is the class token (distilled DeiT: class and distillation token, averaged). Models without a class-token
     head pool patch tokens, so there the average over all patch queries is taken. Mass on prefix tokens is left out: a
     map sums to at most 1.
+
+    Raises:
+        ValueError: as `maps_on_grid`.
     """
-    grid = token_grid(model, x)
-    (weights,) = attention_maps(model, x, layers=layer).values()  # [B, H, N, N]
-    if weights.shape[-1] != grid.num_tokens:
-        raise ValueError(
-            f"layer {layer!r} attends over {weights.shape[-1]} tokens, the model's grid has {grid.num_tokens}"
-        )
-    rows = weights[:, :, readout_rows(model, grid).to(weights.device)].mean(dim=2)  # [B, H, N]
-    return rows[..., grid.num_prefix :].unflatten(-1, grid.size)  # [B, H, h, w]
+    maps, grid = maps_on_grid(model, x, layer)
+    (weights,) = maps.values()  # [B, H, N, N]
+    return read_out(weights, model, grid)
 
 
 def upsample(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """[..., h, w] maps on the token grid -> [..., H, W] on the image.
 
     `nearest` keeps the patches visible; `bilinear` (default) is what Grad-CAM figures usually show.
+
+    Raises:
+        ValueError: fewer than two dimensions.
     """
     if maps.ndim < 2:
         raise ValueError(f"maps must be [..., h, w], got shape {tuple(maps.shape)}")

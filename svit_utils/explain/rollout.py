@@ -1,47 +1,44 @@
-"""Attention rollout: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, arXiv:2005.00928, section
-3."""
+"""Attention rollout: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", arXiv:2005.00928, sec. 3."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from svit_utils.explain.grid import readout_rows, token_grid
-from svit_utils.explain.maps import attention_maps
+from svit_utils.explain.grid import read_out
+from svit_utils.explain.maps import maps_on_grid
 
-__all__ = ["attention_rollout", "rollout_matrix"]
-
-
-def _fuse(weights: Tensor, head_fusion: str) -> Tensor:
-    """[B, H, N, N] -> [B, N, N]."""
-    if head_fusion == "mean":
-        return weights.mean(dim=1)
-    if head_fusion == "max":
-        return weights.amax(dim=1)
-    if head_fusion == "min":
-        return weights.amin(dim=1)
-    raise ValueError(f"unknown head_fusion {head_fusion!r}: allowed are 'mean', 'max', 'min'")
+_FUSIONS = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
 
 
 def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: float = 0.5) -> Tensor:
     """Rollout of the maps [B, H, N, N], first layer first: [B, N, N], rows are queries of the last layer.
 
-    A_l = (1 - residual) fuse(W_l) + residual I, each row divided by its sum; rollout = A_L ... A_2 A_1. The sum of a
-    row is not always 1 before the division: fusing by max or min, and rows that the threshold emptied, change it. A
-    row that is zero throughout (emptied, with residual 0) stays zero.
+        A_l = (1 - residual) fuse(W_l) + residual I, each row divided by its sum;   rollout = A_L ... A_2 A_1
+
+    The division matters where rows do not sum to 1: after fusing heads by max or min, and where the threshold emptied
+    rows. A row that is zero throughout (emptied, with residual 0) stays zero.
+
+    Args:
+        head_fusion: "mean", "max" or "min" over the heads.
+        residual: weight of the residual connection, in [0, 1).
+
+    Raises:
+        ValueError: no map, maps that are not square and of one size, an unknown fusion, or `residual` out of range.
     """
     if not maps:
         raise ValueError("rollout needs the map of at least one layer")
     if not 0.0 <= residual < 1.0:
         raise ValueError(f"residual must lie in [0, 1), got {residual!r}")
+    if head_fusion not in _FUSIONS:
+        raise ValueError(f"unknown head_fusion {head_fusion!r}: allowed are {', '.join(map(repr, _FUSIONS))}")
     shapes = {tuple(weights.shape[-2:]) for weights in maps}
     if len(shapes) != 1 or maps[0].shape[-2] != maps[0].shape[-1]:
         raise ValueError(f"rollout multiplies square maps of one size, got {sorted(shapes)}")
-    rolled: Tensor | None = None
+    identity = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)
+    rolled = None
     for weights in maps:
-        fused = _fuse(weights, head_fusion)  # [B, N, N]
-        identity = torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)
-        step = (1.0 - residual) * fused + residual * identity
+        step = (1.0 - residual) * _FUSIONS[head_fusion](weights, dim=1) + residual * identity  # [B, N, N]
         total = step.sum(dim=-1, keepdim=True)
         step = step / torch.where(total > 0, total, torch.ones_like(total))
         rolled = step if rolled is None else step @ rolled  # later layers from the left
@@ -58,18 +55,13 @@ def attention_rollout(
     attention-pooled models have no such row: there the average over the rows of all patch tokens is read. What flows
     from prefix tokens is left out, so a map sums to at most 1. Layers before `start_layer` are left out of the product.
 
-    Rollout follows the value path only, all values alike, without projections or MLPs, and knows no class: it is not
-    evidence *for* a label.
+    Rollout follows the value path only, treats all values alike, leaves out projections and MLPs, and knows no class:
+    it is not evidence *for* a label.
+
+    Raises:
+        ValueError: as `rollout_matrix` and `maps_on_grid`; no such `start_layer`.
     """
-    grid = token_grid(model, x)
-    maps = list(attention_maps(model, x).values())
+    maps, grid = maps_on_grid(model, x)
     if not 0 <= start_layer < len(maps):
         raise ValueError(f"start_layer must lie in 0 to {len(maps) - 1}, got {start_layer!r}")
-    if any(weights.shape[-1] != grid.num_tokens for weights in maps):
-        raise ValueError(
-            f"rollout needs one token grid in every layer ({grid.num_tokens} tokens), got "
-            f"{[weights.shape[-1] for weights in maps]}"
-        )
-    rolled = rollout_matrix(maps[start_layer:], head_fusion, residual)  # [B, N, N]
-    rows = rolled[:, readout_rows(model, grid).to(rolled.device)].mean(dim=1)  # [B, N]
-    return rows[:, grid.num_prefix :].unflatten(-1, grid.size)  # [B, h, w]
+    return read_out(rollout_matrix(list(maps.values())[start_layer:], head_fusion, residual), model, grid)

@@ -9,16 +9,9 @@ from svit_utils.referee.background import (
     distractor_share,
 )
 from svit_utils.referee.baselines import centre_maps, edge_maps, random_maps, uniform_maps
-from svit_utils.referee.faithfulness import (
-    curve_area,
-    deletion_curve,
-    faithfulness_scores,
-    infidelity,
-    insertion_curve,
-    max_sensitivity,
-    road,
-    sparseness,
-)
+from svit_utils.referee.curves import curve_area, deletion_curve, insertion_curve
+from svit_utils.referee.faithfulness import faithfulness_scores
+from svit_utils.referee.infidelity import infidelity
 from svit_utils.referee.localisation import (
     average_precision,
     energy_in_mask,
@@ -26,8 +19,11 @@ from svit_utils.referee.localisation import (
     localisation_scores,
     pointing_game,
 )
+from svit_utils.referee.max_sensitivity import max_sensitivity
 from svit_utils.referee.nulls import row_statistics, sparsity_against_nulls, sparsity_floor
 from svit_utils.referee.randomisation import RandomisationCheck, randomise_weights, weight_randomisation
+from svit_utils.referee.road import road
+from svit_utils.referee.sparseness import sparseness
 from svit_utils.referee.statistics import (
     Comparison,
     Interval,

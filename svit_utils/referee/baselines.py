@@ -1,4 +1,4 @@
-"""Maps that know nothing of the model, and all but one nothing of the image: what any explanation must beat."""
+"""Maps that know nothing of the model: what any explanation must beat. Only `edge_maps` looks at the image."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["centre_maps", "edge_maps", "random_maps", "uniform_maps"]
-
 
 def random_maps(batch: int, size: tuple[int, int], *, seed: int = 0) -> Tensor:
     """Independent uniform noise: [batch, H, W] in [0, 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, *size, generator=generator)
+    return torch.rand(batch, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def centre_maps(batch: int, size: tuple[int, int], *, sigma: float = 0.25) -> Tensor:
-    """A Gaussian round the centre of every image: [batch, H, W]; `sigma` in units of each side's length.
+    """A Gaussian round the centre of every image: [batch, H, W]; `sigma` > 0 in units of each side's length.
 
-    Photographers, and planted objects kept off the border, favour the centre: a map may score well by knowing only
-    that.
+    Photographers favour the centre, and so do planted objects kept off the border: a map may score well by that alone.
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma!r}")
@@ -31,20 +27,17 @@ def centre_maps(batch: int, size: tuple[int, int], *, sigma: float = 0.25) -> Te
 
 
 def edge_maps(images: Tensor) -> Tensor:
-    """Sobel gradient magnitude of the grey images: [B, 3, H, W] -> [B, H, W], float32, 0 or more.
+    """Sobel gradient magnitude of the grey images: [B, 3, H, W] -> [B, H, W], float32, 0 or more, per pixel.
 
-    The one baseline that sees the image, and still no model: a map that does no better than an edge detector may be
-    one (Adebayo et al. 2018, arXiv:1810.03292). Grey is the mean of the three channels, so that normalised images will
-    do. In grey levels per pixel: a ramp that rises by s per pixel gives s, a step of height h gives h / 2 on the two
-    pixels beside it. Reflected at the border, so that the picture's end is no edge.
-
-    Raises:
-        ValueError: images are not [B, 3, H, W] with sides of at least 2 pixels.
+    A map that does no better than an edge detector may be one (Adebayo et al. 2018, arXiv:1810.03292). Grey is the mean
+    of the channels, so normalised images will do. A ramp that rises by s per pixel gives s, a step of height h gives
+    h / 2 on the two pixels beside it; the border is reflected and is no edge. Raises ValueError for another shape or
+    sides below 2 pixels.
     """
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < 2:
         raise ValueError(f"images must be [B, 3, H, W] with H, W of at least 2 pixels, got {tuple(images.shape)}")
     grey = F.pad(images.detach().float().mean(dim=1), (1, 1, 1, 1), mode="reflect")  # [B, H+2, W+2]
-    # Smoothed one way, differenced the other: written as a 3 x 3 convolution, rounding leaves flat ground not quite 0.
+    # Smoothed one way, differenced the other: as a 3 x 3 convolution, rounding leaves even areas not quite 0.
     rows = (grey[:, :-2] + 2 * grey[:, 1:-1] + grey[:, 2:]) / 4  # [B, H, W+2]
     columns = (grey[..., :-2] + 2 * grey[..., 1:-1] + grey[..., 2:]) / 4  # [B, H+2, W]
     return torch.hypot((rows[..., 2:] - rows[..., :-2]) / 2, (columns[:, 2:] - columns[:, :-2]) / 2)

@@ -1,11 +1,11 @@
-"""Does a map lie on the object? Four scores against a known mask, each 1 for the mask itself.
+"""Does a map lie on the object? Four scores [B] of maps [B, H, W] against masks bool [B, H, W], True on the object.
 
-Three of them are 0 for the mask's complement. Average precision is not: it looks at order alone, and a complement is
-one tie that holds the object, so it gets the share of the image that the object covers, like a blank map.
-
-No score depends on the order in which pixels are stored. In the pointing game and the IoU, ties get what breaking them
-at random would give on average; in average precision, tied pixels enter together. A blank map therefore scores what
-chance gives, the object's share a of the image (a / (2 - a) in IoU), and never more.
+Each is 1 for the mask itself. Three are 0 for its complement; average precision looks at order alone and gives the
+complement, in which all of the object is tied, the object's share of the image. A blank map scores what chance gives:
+the object's share a of the image (a / (2 - a) in IoU). No score depends on the order in which pixels are stored: in the
+pointing game and the IoU, ties get what breaking them at random would give on average; in average precision, tied
+pixels enter together. All raise ValueError for other shapes, masks that are not boolean or hold no object, NaN and
+infinity.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["average_precision", "energy_in_mask", "iou_at_mask_area", "localisation_scores", "pointing_game"]
+from svit_utils.referee.inputs import scaled_by_peak
 
 
 def _flatten(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,11 +36,10 @@ def _flatten(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """Is the highest point on the object? [B] in {0, 1}, or in between where the maximum is shared.
+    """Is the highest point on the object? [B] in {0, 1}, or the share of tied maxima that lies on the object.
 
-    Zhang et al. 2016 (arXiv:1608.00507), without their tolerance of some pixels round the object. Of tied maxima the
-    share that lies on the object is scored: the chance that one drawn at random hits. Unchanged by any increasing
-    transformation of the map.
+    Zhang et al. 2016 (arXiv:1608.00507), without their tolerance of some pixels round the object. Unchanged by any
+    increasing transformation of the map.
     """
     values, inside = _flatten(maps, masks)
     top = values == values.amax(dim=1, keepdim=True)
@@ -51,23 +50,20 @@ def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of the map's positive part that lies on the object: [B] in [0, 1].
 
     Energy-based pointing game, Wang et al. 2020 (Score-CAM, arXiv:1910.01279). Negative values count as 0. A map
-    without anything positive says nothing about where: it is scored like a uniform one, by the share of the image the
-    object covers. Unchanged by positive scaling, not by an offset.
+    without anything positive says nothing about where, and is scored like a uniform one. Unchanged by positive scaling,
+    not by an offset.
     """
     values, inside = _flatten(maps, masks)
-    values = values.clamp_min(0)
-    # Divided by its maximum first, so that maps of any scale keep their precision.
-    peak = values.amax(dim=1, keepdim=True)
-    values = torch.where(peak > 0, values / torch.where(peak > 0, peak, torch.ones_like(peak)), torch.ones_like(values))
+    values = scaled_by_peak(values.clamp_min(0))
+    values = torch.where((values > 0).any(dim=1, keepdim=True), values, torch.ones_like(values))
     return (values * inside).sum(dim=1) / values.sum(dim=1)
 
 
 def iou_at_mask_area(maps: Tensor, masks: Tensor) -> Tensor:
     """Intersection over union of the mask with the map's highest pixels, as many as the mask has: [B] in [0, 1].
 
-    Taking the object's own area leaves no threshold to choose. Where the boundary runs through tied values, they share
-    the places left in proportion, which gives the expected intersection under random tie-breaking. Unchanged by any
-    increasing transformation.
+    Taking the object's own area leaves no threshold to choose. Pixels tied at the boundary share the places left in
+    proportion. Unchanged by any increasing transformation of the map.
     """
     values, inside = _flatten(maps, masks)
     area = inside.sum(dim=1, keepdim=True)  # [B, 1]
@@ -84,17 +80,13 @@ def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
 
         AP = mean over the object's pixels i of  |{j on the object: v_j >= v_i}| / |{j: v_j >= v_i}|
 
-    which is the step function sum_t (R_t - R_{t-1}) P_t over the map's distinct values t, without interpolation, as in
-    scikit-learn's `average_precision_score`. It takes every threshold at once, where the IoU takes one. Unchanged by
-    any increasing transformation.
+    as scikit-learn's `average_precision_score`. It takes every threshold at once, where the IoU takes one. Unchanged by
+    any increasing transformation of the map. Where nothing is known, with m object pixels among n:
 
-    With m object pixels among n, what it gives where nothing is known is not quite one number:
-
-    * a blank map: m / n, since all pixels enter together; so does the complement of the mask;
-    * a strict order drawn at random: (m - 1) / (n - 1) + (n - m) / (n - 1) * H_n / n on average, with
+    * a blank map, and the mask's complement, get m / n;
+    * a strict order drawn at random gets (m - 1) / (n - 1) + (n - m) / (n - 1) * H_n / n on average, with
       H_n = 1 + 1/2 + ... + 1/n: a little over m / n (by 0.002 at 56 x 56 pixels with a quarter of them on the object);
-    * the worst strict order, the object last: (1 / m) sum_k k / (n - m + k), for k = 1 ... m. It is below m / n, and
-      never 0.
+    * the worst strict order, the object last, gets (1 / m) sum_k k / (n - m + k), k = 1 ... m: below m / n, never 0.
     """
     values, inside = _flatten(maps, masks)
     # Negated, so that ascending order, which `searchsorted` needs, goes from the highest pixel down.

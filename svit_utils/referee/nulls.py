@@ -1,9 +1,9 @@
-"""How sparse is attention that knows nothing? Nulls against which a sparsity has to be read.
+"""How sparse is attention that knows nothing? Nulls with which a sparsity has to be compared.
 
 For any row of N probabilities, k survivors p_j > tau need k tau < 1, so at most ceil(1/tau) - 1 keys survive, whatever
-the model: that floor comes first. Above it stand three nulls that keep something of the model and throw away what it
-has learnt about *this* image: keys whose coordinates are dealt out anew, keys of another image, and Gaussian logits
-of the same spread. A sparsity that they share is no evidence of selection.
+the model: `sparsity_floor`. Three nulls keep something of the model and throw away what it makes of *this* image: keys
+whose coordinates are permuted over the tokens, keys of another image, and Gaussian logits of the same spread. A
+sparsity that they share is no evidence of selection.
 """
 
 from __future__ import annotations
@@ -11,55 +11,41 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from svit_utils.attention.formula import thresholded_softmax
+from svit_utils.attention.record import effective_support
 from svit_utils.attention.tracker import has_class_token
-from svit_utils.explain.grid import unwrap
-from svit_utils.explain.maps import attention_layers, evaluating
+from svit_utils.explain.maps import attention_layers
+from svit_utils.explain.model_state import evaluating, unwrap
+from svit_utils.referee.inputs import check_tau
 
-__all__ = [
-    "matched_gaussian",
-    "permute_coordinates",
-    "queries_and_keys",
-    "row_statistics",
-    "sparsity_against_nulls",
-    "sparsity_floor",
-]
-
-_COLUMNS = ("cut_sparsity", "kept_mass", "effective_support", "empty_rate")
-
-
-def _check_tau(tau: float) -> None:
-    if not 0.0 <= tau < 1.0:  # False for NaN too
-        raise ValueError(f"tau must lie in [0, 1), got {tau!r}")
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def sparsity_floor(tokens: int, tau: float) -> float:
     """The smallest share of a row of `tokens` keys that a cut at `tau` can remove, in [0, 1].
 
-    1 - min(N, ceil(1/tau) - 1) / N, because k probabilities above tau that sum to at most 1 have k tau < 1. It is
-    reached by a row that is even over its survivors. `tau` is read as the decimal number it is written as: in floats,
-    1 / tau may land on the wrong side of a whole number.
-
-    Raises:
-        ValueError: fewer than one token, or tau outside [0, 1).
+    1 - min(N, ceil(1/tau) - 1) / N, because k probabilities above tau that sum to at most 1 have k tau < 1; a row that
+    is even over its survivors reaches it. Raises ValueError for fewer than one token, or tau outside [0, 1).
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens!r}")
-    _check_tau(tau)
+    check_tau(tau)
     if tau == 0:
         return 0.0
+    # By the decimal number that tau is written as: in floats, 1 / tau may land on the wrong side of a whole number.
     survivors = min(tokens, math.ceil(1 / Fraction(str(tau))) - 1)
     return float(1 - Fraction(survivors, tokens))
 
 
 def _plain_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's timm `Attention` modules, dense or sparse; refuses a model with any other self-attention."""
+    """The model's timm `Attention` modules, dense or sparse; ValueError for a model with any other self-attention."""
     allowed = "timm's Attention, dense or sparse, with timm's own forward"
     layers = attention_layers(model)
     for name, module in model.named_modules():
@@ -74,12 +60,12 @@ def _plain_attention(model: nn.Module) -> dict[str, nn.Module]:
 def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """One forward pass of `x` [B, 3, H, W]: layer name -> (q, k), each [B, H, N, D], after the norms of q and k.
 
-    q carries the factor D ** -0.5, so that q @ k.transpose(-2, -1) are the logits [B, H, N, N] before the softmax: a
-    fused kernel forms them nowhere.
+    q carries the factor D ** -0.5, so that q @ k.transpose(-2, -1) are the logits [B, H, N, N] before the softmax,
+    which a fused kernel never forms.
 
     Raises:
-        ValueError: no attention, one that is not timm's `Attention` (`AttentionRope` and `EvaAttention` turn q and k
-            on the way, a subclass with a forward of its own may do anything), or one that is called with a mask.
+        ValueError: no attention; one that is not timm's `Attention` (others may rotate q and k, or do anything); one
+            that is called with a mask.
     """
     model = unwrap(model)
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -97,54 +83,49 @@ def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Ten
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for name, module in _plain_attention(model).items():
-            handle = module.register_forward_pre_hook(catch(name), with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(catch(name), with_kwargs=True).remove)
         model(x)
     return found
 
 
 def row_statistics(scores: Tensor, tau: float) -> dict[str, Tensor]:
-    """What a cut at `tau` does to each row of logits `scores` [..., N, M]; every entry [..., N].
+    """What a cut at `tau` does to each row of logits `scores` [..., N, M], before any fallback: each entry [..., N].
 
     With p the softmax of the row, S = {j : p_j > tau} and A the row cut and renormalised:
 
     * `cut_sparsity`: share of the M keys with p_j <= tau,
     * `kept_mass`: sum of p over S,
-    * `effective_support`: 1 / sum(A^2), the number of keys that even weights would need for the same; 0 for a row
-      without survivors,
-    * `empty`: boolean, S has no member.
+    * `effective_support`: 1 / sum(A^2), the number of keys that even weights would need for the same; 0 where S is
+      empty,
+    * `empty`: boolean, S is empty.
 
-    It is the cut itself, before any fallback for empty rows.
-
-    Raises:
-        ValueError: tau outside [0, 1).
+    Raises ValueError for tau outside [0, 1).
     """
-    _check_tau(tau)
+    check_tau(tau)
     probs = scores.softmax(dim=-1)  # [..., N, M]
     kept = probs > tau
-    squares = thresholded_softmax(scores, tau, empty_rows="zero").square().sum(dim=-1)
     return {
         "cut_sparsity": 1 - kept.sum(dim=-1) / kept.shape[-1],
         "kept_mass": (probs * kept).sum(dim=-1),
-        "effective_support": torch.where(squares > 0, 1 / squares, 0.0),
+        "effective_support": effective_support(thresholded_softmax(scores, tau, empty_rows="zero")),
         "empty": ~kept.any(dim=-1),
     }
 
 
 def permute_coordinates(k: Tensor, generator: torch.Generator) -> Tensor:
-    """Keys [..., N, D] with each coordinate permuted over the N tokens on its own.
+    """Keys [..., N, D] with each coordinate permuted over the N tokens by itself.
 
-    Every coordinate keeps its distribution; what belongs together in a key comes apart. Permuting *whole* keys would
-    be no null: it only reorders the probabilities of every row, and no count or sum over the row can change.
+    Every coordinate keeps its distribution, and the coordinates of a key no longer belong together. Permuting *whole*
+    keys would be no null: it only reorders the probabilities of every row, and changes no count or sum over the row.
     """
     order = torch.rand(k.shape, generator=generator).argsort(dim=-2).to(k.device)
     return k.gather(-2, order)
 
 
 def matched_gaussian(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent normal logits of the shape of `scores` [..., N, M], each row with the real row's standard deviation.
+    """Independent normal logits [..., N, M], each row with mean 0 and the standard deviation of that row of `scores`.
 
-    The mean is left at 0: softmax does not see what a whole row has in common.
+    Softmax does not depend on a row's mean.
     """
     noise = torch.randn(scores.shape, generator=generator, dtype=scores.dtype).to(scores.device)
     return noise * scores.std(dim=-1, keepdim=True)
@@ -161,14 +142,13 @@ def sparsity_against_nulls(model: nn.Module, x: Tensor, tau: float = 0.01, *, se
         seed: of the two nulls that draw numbers.
 
     Returns:
-        Tidy, one row per `layer`, `head`, `queries` ("all", and "class" for the class token's row alone, where the
-        model has one) and `source`:
+        A row per `layer`, `head`, `queries` ("all", and "class" for the class token's row alone, where the model has
+        one) and `source`:
 
         * "observed": the model's own logits,
-        * "permuted_keys": every coordinate of the keys permuted over the tokens by itself, see `permute_coordinates`
-          (permuting whole keys would only reorder each row's probabilities and change no count),
+        * "permuted_keys": keys with permuted coordinates, see `permute_coordinates`,
         * "other_image": queries of each image against the keys of the next one in the batch,
-        * "gaussian": independent normal logits with each row's own standard deviation.
+        * "gaussian": independent normal logits, see `matched_gaussian`.
 
         Columns: `cut_sparsity`, `kept_mass`, `effective_support` and `empty_rate`, means over images and queries as in
         `row_statistics`, and `floor`, the cut sparsity that no attention can fall below (`sparsity_floor`).
@@ -176,17 +156,19 @@ def sparsity_against_nulls(model: nn.Module, x: Tensor, tau: float = 0.01, *, se
     Raises:
         ValueError: fewer than two images, tau outside [0, 1), or what `queries_and_keys` refuses.
     """
-    _check_tau(tau)
+    import pandas as pd
+
+    check_tau(tau)
     if len(x) < 2:
         raise ValueError(f"x must hold at least 2 images (keys are swapped between them), got {len(x)}")
     generator = torch.Generator().manual_seed(seed)
-    rows = []
-    with_class = has_class_token(model)
+    parts = {"all": slice(None), **({"class": slice(1)} if has_class_token(model) else {})}
+    table = []
     for layer, (q, k) in queries_and_keys(model, x).items():
-        sums: dict[tuple[str, str], Tensor] = {}  # (queries, source) -> [H, statistics], summed over images
+        sums: dict[tuple[str, str], Tensor] = {}  # (queries, source) -> [H, 4], summed over images
         for image in range(len(q)):  # one at a time: [B, H, N, N] several times over would not be small
-            own, other = q[image], k[image].transpose(-2, -1)  # [H, N, D], [H, D, N]
-            scores = own @ other  # [H, N, N]
+            own, keys = q[image], k[image].transpose(-2, -1)  # [H, N, D], [H, D, N]
+            scores = own @ keys  # [H, N, N]
             sources = {
                 "observed": scores,
                 "permuted_keys": own @ permute_coordinates(k[image], generator).transpose(-2, -1),
@@ -194,23 +176,12 @@ def sparsity_against_nulls(model: nn.Module, x: Tensor, tau: float = 0.01, *, se
                 "gaussian": matched_gaussian(scores, generator),
             }
             for source, logits in sources.items():
-                statistics = torch.stack(
-                    [s.double() for s in row_statistics(logits, tau).values()], dim=-1
-                )  # [H, N, 4]
-                for queries, part in (("all", statistics), ("class", statistics[:, :1])):
-                    if queries == "all" or with_class:
-                        sums[queries, source] = sums.get((queries, source), 0) + part.mean(dim=1).cpu()
-        floor = sparsity_floor(k.shape[-2], tau)
-        rows += [
-            {
-                "layer": layer,
-                "head": head,
-                "queries": queries,
-                "source": source,
-                **dict(zip(_COLUMNS, (values / len(q)).tolist(), strict=True)),
-                "floor": floor,
-            }
-            for (queries, source), total in sums.items()
-            for head, values in enumerate(total)
-        ]
-    return pd.DataFrame(rows)
+                rows = torch.stack([s.double() for s in row_statistics(logits, tau).values()], dim=-1)  # [H, N, 4]
+                for queries, part in parts.items():
+                    sums[queries, source] = sums.get((queries, source), 0) + rows[:, part].mean(dim=1).cpu()
+        for (queries, source), total in sums.items():
+            for head, means in enumerate((total / len(q)).tolist()):
+                where = {"layer": layer, "head": head, "queries": queries, "source": source}
+                columns = zip(("cut_sparsity", "kept_mass", "effective_support", "empty_rate"), means, strict=True)
+                table.append({**where, **dict(columns), "floor": sparsity_floor(k.shape[-2], tau)})
+    return pd.DataFrame(table)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
-__all__ = ["RandomisationCheck", "randomise_weights", "weight_randomisation"]
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,25 @@ class RandomisationCheck:
 
     def table(self) -> pd.DataFrame:
         """One row per stage and image: `stage`, `image`, `rank_correlation`."""
-        rows = [
-            {"stage": stage, "image": image, "rank_correlation": float(value)}
-            for stage, values in zip(self.stages, self.correlation, strict=True)
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"stage": stage, "image": image, "rank_correlation": value}
+            for stage, values in zip(self.stages, self.correlation.tolist(), strict=True)
             for image, value in enumerate(values)
-        ]
-        return pd.DataFrame(rows)
+        )
 
 
-def _groups(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter names by part, from the head down to the patch embedding; thresholds are left alone."""
+def _stages(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter names by stage, from the head down to the embedding; learnable thresholds are left out."""
     names = [name for name, _ in model.named_parameters() if ".threshold." not in f".{name}."]
-    depth = len(getattr(model, "blocks", ()))
-    groups: dict[str, list[str]] = {}
-    above = [n for n in names if n.split(".")[0] in ("head", "head_dist", "fc_norm", "norm", "attn_pool")]
-    groups["head"] = above
-    for index in reversed(range(depth)):
-        groups[f"blocks.{index}"] = [n for n in names if n.startswith(f"blocks.{index}.")]
-    taken = {n for group in groups.values() for n in group}
-    groups["embedding"] = [n for n in names if n not in taken]
-    return {stage: group for stage, group in groups.items() if group}
+    last = ("head", "head_dist", "fc_norm", "norm", "attn_pool")
+    stages = {"head": [n for n in names if n.split(".")[0] in last]}
+    for index in reversed(range(len(getattr(model, "blocks", ())))):
+        stages[f"blocks.{index}"] = [n for n in names if n.startswith(f"blocks.{index}.")]
+    taken = {n for stage in stages.values() for n in stage}
+    stages["embedding"] = [n for n in names if n not in taken]
+    return {stage: members for stage, members in stages.items() if members}
 
 
 @torch.no_grad()
@@ -58,26 +57,25 @@ def _shuffle(model: nn.Module, names: list[str], generator: torch.Generator) -> 
 
 
 def randomise_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    """A copy of `model` whose parameter tensors are each shuffled.
+    """A copy of `model` in which every parameter tensor's values are shuffled.
 
-    Shuffling keeps the values and their scale and destroys what was learnt. Fresh initialisation would also make
-    attention flat, and under a threshold every row empty: a change of map for another reason.
+    Shuffling keeps the values and their scale and destroys what was learnt. A new initialisation would also make
+    attention flat, and under a threshold every row empty: the map would change for another reason.
     """
-    randomised = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    for names in _groups(randomised).values():
+    randomised, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for names in _stages(randomised).values():
         _shuffle(randomised, names, generator)
     return randomised
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman correlation per image of [B, ...] maps: [B]; 0 where a map is constant, which orders nothing."""
+    """Spearman correlation per image of [B, ...] maps: [B] float64; 0 where a map is constant, which orders nothing."""
+    from scipy import stats
+
     values = []
-    for first, second in zip(a.detach().flatten(1).double().cpu(), b.detach().flatten(1).double().cpu(), strict=True):
-        if first.max() == first.min() or second.max() == second.min():
-            values.append(0.0)
-        else:
-            values.append(float(stats.spearmanr(first.numpy(), second.numpy()).statistic))
+    for pair in zip(a.detach().flatten(1).double().cpu(), b.detach().flatten(1).double().cpu(), strict=True):
+        constant = any(bool(v.max() == v.min()) for v in pair)
+        values.append(0.0 if constant else float(stats.spearmanr(*(v.numpy() for v in pair)).statistic))
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -91,32 +89,30 @@ def weight_randomisation(
 ) -> RandomisationCheck:
     """Rank correlation between the maps of `model` and those of the same model with weights shuffled.
 
+    Near 0 is what a faithful map gives; near 1, the map did not depend on the weights. `model` is left as it is.
+
     Args:
         explain: (model, x) -> maps [B, h, w]. Fix the class in it (`lambda m, x: grad_cam(m, x, targets)`): left to
             the prediction, it changes with the weights.
         mode: "full" shuffles all weights at once; "cascading" from the head downwards, a stage per block, each on top
             of the last.
 
-    Returns:
-        The correlations per stage and image; near 0 is what a faithful map gives, near 1 says the map did not depend
-        on the weights. `model` itself is left as it is.
+    Raises:
+        ValueError: an unknown mode, or "cascading" for a model without `blocks`.
     """
     if mode not in ("full", "cascading"):
         raise ValueError(f"unknown mode {mode!r}: allowed are 'full', 'cascading'")
-    original = explain(model, x)
-    if mode == "full":
-        return RandomisationCheck(
-            ["all"], _rank_correlation(original, explain(randomise_weights(model, seed=seed), x))[None]
-        )
-    if not len(getattr(model, "blocks", ())):
+    if mode == "cascading" and not len(getattr(model, "blocks", ())):
         raise ValueError(
             f"cascading randomisation goes block by block and {type(model).__name__} has no `blocks`: use mode='full'"
         )
-    randomised = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    stages, rows = [], []
-    for stage, names in _groups(randomised).items():
+    original = explain(model, x)
+    if mode == "full":
+        correlation = _rank_correlation(original, explain(randomise_weights(model, seed=seed), x))
+        return RandomisationCheck(["all"], correlation[None])
+    randomised, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    found = {}
+    for stage, names in _stages(randomised).items():
         _shuffle(randomised, names, generator)
-        stages.append(stage)
-        rows.append(_rank_correlation(original, explain(randomised, x)))
-    return RandomisationCheck(stages, torch.stack(rows))
+        found[stage] = _rank_correlation(original, explain(randomised, x))
+    return RandomisationCheck(list(found), torch.stack(list(found.values())))

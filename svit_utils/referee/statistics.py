@@ -1,8 +1,9 @@
 """Intervals and tests for scores of S training seeds on the same n images.
 
-Two things are drawn by chance in such a table, and each has its interval: the images, and the seeds. Another training
-run of the same recipe is what a claim about a *method* speaks of, and a few seeds say little about it; so `compare`
-asks both and believes the less certain.
+Two things in such a table are drawn by chance, the images and the training seeds, and each has its interval. A claim
+about a *method* is about other training runs of the same recipe, and a few seeds say little about those; so `compare`
+looks at both and takes the less certain answer. All functions raise ValueError for values of another shape, NaN or
+infinity, and a confidence outside (0, 1).
 """
 
 from __future__ import annotations
@@ -12,22 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
-
-__all__ = [
-    "Comparison",
-    "Interval",
-    "compare",
-    "crossed_bootstrap",
-    "holm",
-    "mean_interval",
-    "paired_bootstrap",
-    "student_interval",
-]
-
-# SciPy 1.15 renamed the argument.
-_SEED_NAME = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
 
 # Numbers held at a time while resampling: 10,000 resamples of 10,000 images at once would take 800 MB.
 _AT_ONCE = 2_000_000
@@ -45,44 +30,44 @@ class Interval:
 
     @property
     def width(self) -> float:
+        """high - low."""
         return self.high - self.low
 
     def excludes_zero(self) -> bool:
+        """Whether 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def _finite(name: str, array: np.ndarray) -> np.ndarray:
+def _checked(name: str, values: Any, confidence: float, least: tuple[int, ...], what: str) -> np.ndarray:
+    """`values` as a finite float64 array with as many dimensions as `least`, each of at least that size."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != len(least) or any(size < wanted for size, wanted in zip(array.shape, least)):
+        raise ValueError(f"{name} must be {what}, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite: NaN or infinity found")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
     return array
 
 
-def _as_vector(name: str, values: Any, each: str = "image") -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 2:
-        raise ValueError(f"{name} must be one value per {each}, at least 2, got shape {array.shape}")
-    return _finite(name, array)
+def _vector(name: str, values: Any, confidence: float, each: str = "image") -> np.ndarray:
+    return _checked(name, values, confidence, (2,), f"one value per {each}, at least 2")
 
 
-def _as_table(name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
-        raise ValueError(f"{name} must be [S, n], at least 1 seed and 2 images, got shape {array.shape}")
-    return _finite(name, array)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
+def _table(name: str, values: Any, confidence: float) -> np.ndarray:
+    return _checked(name, values, confidence, (1, 2), "[S, n], at least 1 seed and 2 images")
 
 
 def mean_interval(values: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Percentile bootstrap interval (Efron 1979) of the mean of `values` [n], resampled over images."""
-    array = _as_vector("values", values)
-    _check_confidence(confidence)
+    from scipy import stats
+
+    array = _vector("values", values, confidence)
+    # SciPy 1.15 renamed the argument.
+    seed_name = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
     result = stats.bootstrap(
         (array,),
         np.mean,
@@ -91,10 +76,10 @@ def mean_interval(values: Any, *, confidence: float = 0.95, resamples: int = 10_
         confidence_level=confidence,
         # Percentile, because BCa is undefined for constant data, such as two models right on the same images.
         method="percentile",
-        **{_SEED_NAME: np.random.default_rng(seed)},
+        **{seed_name: np.random.default_rng(seed)},
     )
-    interval = result.confidence_interval
-    return Interval(float(array.mean()), float(interval.low), float(interval.high), len(array), confidence)
+    low, high = result.confidence_interval
+    return Interval(float(array.mean()), float(low), float(high), len(array), confidence)
 
 
 def paired_bootstrap(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
@@ -103,7 +88,7 @@ def paired_bootstrap(a: Any, b: Any, *, confidence: float = 0.95, resamples: int
     Images are resampled as pairs, so what makes an image hard for both cancels. It covers the choice of images, not of
     training seeds.
     """
-    first, second = _as_vector("a", a), _as_vector("b", b)
+    first, second = _vector("a", a, confidence), _vector("b", b, confidence)
     if len(first) != len(second):
         raise ValueError(f"paired values must be as many in a as in b, got {len(first)} and {len(second)}")
     return mean_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)
@@ -137,35 +122,27 @@ def _crossed_interval(difference: np.ndarray, means: np.ndarray, confidence: flo
 def crossed_bootstrap(difference: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Percentile interval of the mean of `difference` [S, n], seeds and images both drawn with replacement.
 
-    The pigeonhole bootstrap of Owen 2007 (arXiv:0712.1111): rows and columns are drawn independently of each other,
-    since the same images are seen by every seed. With d_si = mean + a_s + b_i + e_si (a, b and e summing to 0 along
-    every row and column) the variance that it gives the mean is
+    The pigeonhole bootstrap of Owen 2007 (arXiv:0712.1111): rows and columns are drawn independently, since every seed
+    sees the same images. With d_si = mean + a_s + b_i + e_si (a, b and e summing to 0 along every row and column) the
+    variance that it gives the mean is sum a^2 / S^2 + sum b^2 / n^2 + sum e^2 / (S n)^2.
 
-        sum a^2 / S^2 + sum b^2 / n^2 + sum e^2 / (S n)^2
-
-    With one seed, or seeds that all agree, it is the bootstrap over images. Where the seeds decide and there are few of
-    them it is too narrow: sum a^2 / S^2 falls short by the factor (S - 1) / S, and there are no t quantiles. Read it
-    beside `student_interval` of the means per seed, as `compare` does.
-
-    Raises:
-        ValueError: not [S, n] with S >= 1 and n >= 2, not finite, or a confidence outside (0, 1).
+    With one seed, or seeds that all agree, it is the bootstrap over images. Where the seeds decide and are few it is
+    too narrow: sum a^2 / S^2 falls short by the factor (S - 1) / S, and there are no t quantiles. Read it beside
+    `student_interval` of the means per seed, as `compare` does.
     """
-    table = _as_table("difference", difference)
-    _check_confidence(confidence)
+    table = _table("difference", difference, confidence)
     return _crossed_interval(table, _crossed_means(table, resamples, seed), confidence)
 
 
 def student_interval(values: Any, *, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean of `values` [S], one number per training seed: mean +- t_{S-1} s / sqrt(S).
 
-    It speaks of the training runs one might have had, on these images. With few seeds it is wide, rightly: t is 12.7
+    It is about the training runs one might have had, on these images. With few seeds it is wide, rightly: t is 12.7
     for two of them, 4.3 for three, 2.8 for five (two-sided, 95 %).
-
-    Raises:
-        ValueError: fewer than two values, not one-dimensional, not finite, or a confidence outside (0, 1).
     """
-    array = _as_vector("values", values, each="seed")
-    _check_confidence(confidence)
+    from scipy import stats
+
+    array = _vector("values", values, confidence, each="seed")
     mean = float(array.mean())
     half = float(stats.t.ppf((1 + confidence) / 2, len(array) - 1) * stats.sem(array))
     return Interval(mean, mean - half, mean + half, len(array), confidence)
@@ -197,10 +174,8 @@ class Comparison:
         """Is a above b, by the p value that is left after `holm`? "higher", "lower" or "open".
 
         Always "open" for one seed: images alone say whether *this* run differs, not whether the method does. "open" is
-        not "equal": the intervals say what difference is still possible.
-
-        Raises:
-            ValueError: `p_adjusted` outside [0, 1], or `alpha` outside (0, 1).
+        not "equal": the intervals say what difference is still possible. Raises ValueError for `p_adjusted` outside
+        [0, 1] or `alpha` outside (0, 1).
         """
         if not 0 <= p_adjusted <= 1:
             raise ValueError(f"p_adjusted must lie in [0, 1], got {p_adjusted!r}")
@@ -211,14 +186,10 @@ class Comparison:
         return "higher" if self.mean > 0 else "lower"
 
 
-def _bootstrap_p(means: np.ndarray) -> float:
-    """Two-sided: twice the smaller share of `means` at or beyond 0; one more on both sides, so that it is never 0."""
-    beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return min(1.0, 2 * (beyond + 1) / (len(means) + 1))
-
-
 def _student_p(per_seed: np.ndarray) -> float:
-    """Two-sided, of a mean of 0; 1 if all are 0, and 0, its limit, where they agree (to rounding) on something else."""
+    """Two-sided p value of a mean of 0; where the seeds agree (to rounding), 1 on 0 and else 0, its limit."""
+    from scipy import stats
+
     if np.ptp(per_seed) <= 1e-12 * np.abs(per_seed).max():
         return 0.0 if per_seed.any() else 1.0
     return float(stats.ttest_1samp(per_seed, 0.0).pvalue)
@@ -232,24 +203,19 @@ def compare(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000
     * the crossed bootstrap's: twice the share of resampled means at 0 or beyond, as (k + 1) / (B + 1) with B
       resamples, at most 1 (Davison & Hinkley 1997, section 4.2, for the + 1). It is never below 2 / (B + 1), which
       leaves room for a Holm family of some hundreds at B = 10,000;
-    * Student's paired t over the means per seed, which guards the level where seeds decide and are few. It is 1 where
-      all means are 0. Where they agree exactly on another value, t is infinite and its p is 0: the bootstrap's decides.
-      That is right for maps that do not depend on the seed; one run copied S times looks the same, and must not be
-      passed off as S seeds.
+    * Student's paired t over the means per seed, which guards the level where seeds decide and are few. Where all means
+      agree exactly on another value than 0, its p is 0 and the bootstrap's decides. That is right for maps that do not
+      depend on the seed; one run copied S times looks the same, and must not be passed off as S seeds.
 
     For S = 1 there is only the first, and the verdict is "open" whatever it is.
-
-    Raises:
-        ValueError: shapes that differ or are not [S, n] with S >= 1 and n >= 2, values that are not finite, or a
-            confidence outside (0, 1).
     """
-    first, second = _as_table("a", a), _as_table("b", b)
+    first, second = _table("a", a, confidence), _table("b", b, confidence)
     if first.shape != second.shape:
         raise ValueError(f"a and b must be paired over seeds and images, got shapes {first.shape} and {second.shape}")
-    _check_confidence(confidence)
     difference = first - second
     means = _crossed_means(difference, resamples, seed)
-    p_value, per_seed, seeds = _bootstrap_p(means), difference.mean(axis=1), None  # per_seed [S]
+    beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    p_value, per_seed, seeds = min(1.0, 2 * (beyond + 1) / (len(means) + 1)), difference.mean(axis=1), None
     if len(per_seed) > 1:
         seeds = student_interval(per_seed, confidence=confidence)
         p_value = max(p_value, _student_p(per_seed))
@@ -262,10 +228,10 @@ def holm(p_values: Any) -> np.ndarray:
 
     Of the p sorted upwards, the k-th becomes max_{j <= k} min(1, (m - j + 1) p_j): rejecting what stays below alpha
     keeps the chance of *any* false claim among the m at or below alpha, however the comparisons depend on each other.
-
-    Raises:
-        ValueError: no p value, not one-dimensional, NaN, or outside [0, 1].
+    Raises ValueError for no p value, another shape, NaN, or a value outside [0, 1].
     """
+    from statsmodels.stats.multitest import multipletests
+
     array = np.asarray(p_values, dtype=np.float64)
     if array.ndim != 1 or len(array) < 1:
         raise ValueError(f"p_values must be one-dimensional, at least 1, got shape {array.shape}")

@@ -1,25 +1,25 @@
-"""Pictures: static plots, and the explorers that widgets wrap. `widgets` itself needs ipywidgets and is imported by
-name."""
+"""Pictures: charts, maps over images, and the explorers. `show.widgets` needs ipywidgets and is imported by name."""
 
 from __future__ import annotations
 
+from svit_utils.show.charts import (
+    CARD_TABLE,
+    accuracy_vs_sparsity,
+    card_comparison,
+    row_threshold,
+    sparsity_heatmaps,
+    training_curves,
+)
+from svit_utils.show.display import alt_of, figure_png, figure_with_alt, image_with_alt, with_alt
 from svit_utils.show.explorers import (
     attention_explorer_data,
     attention_picture,
     threshold_explorer_data,
     threshold_picture,
 )
-from svit_utils.show.plots import (
-    CARD_TABLE,
-    accuracy_vs_sparsity,
-    card_comparison,
-    dense_beside_sparse,
-    explanation_grid,
-    row_threshold,
-    sparsity_heatmaps,
-    training_curves,
-)
-from svit_utils.show.style import alt_of, figure_png, figure_with_alt, image_with_alt, overlay, styled, to_rgb, with_alt
+from svit_utils.show.map_plots import dense_beside_sparse, explanation_grid
+from svit_utils.show.pictures import overlay, to_rgb
+from svit_utils.show.style import styled
 
 __all__ = [
     "CARD_TABLE",

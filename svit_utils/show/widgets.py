@@ -1,4 +1,4 @@
-"""Two ipywidgets, each a thin wrap of the functions in `explorers`: sliders in, PNG bytes out."""
+"""Two ipywidgets over the functions in `explorers`: sliders in, a PNG and a caption out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import ipywidgets as widgets
 from PIL import Image
 
+from svit_utils.show.display import image_png
 from svit_utils.show.explorers import (
     AttentionData,
     ThresholdData,
@@ -17,39 +18,35 @@ from svit_utils.show.explorers import (
     threshold_lines,
     threshold_picture,
 )
-from svit_utils.show.style import image_png
 
-__all__ = ["AttentionExplorer", "ThresholdExplorer"]
-
-_LAYOUT = {"width": "520px"}
-_STYLE = {"description_width": "70px"}
+_LOOK = {"layout": {"width": "520px"}, "style": {"description_width": "70px"}}
 
 
-def _slider(name: str, count: int, css: str) -> widgets.IntSlider:
-    slider = widgets.IntSlider(value=0, min=0, max=count - 1, description=name, layout=_LAYOUT, style=_STYLE)
-    slider.add_class(css)
-    return slider
+def _sliders(shape: tuple[int, ...], *names: str) -> dict[str, widgets.IntSlider]:
+    """A slider for each name over 0 to the size of that axis, less one."""
+    return {n: widgets.IntSlider(min=0, max=size - 1, description=n, **_LOOK) for n, size in zip(names, shape)}
 
 
 def _explorer(
     css: str,
     controls: dict[str, Any],
+    data: Any,
     draw: Callable[..., Image.Image],
     describe: Callable[..., list[str]],
 ) -> widgets.VBox:
-    """Sliders over one picture; the text below it says the same in words and is announced to screen readers."""
-    picture = widgets.Image(format="png")
-    picture.add_class(f"{css}-image")
-    caption = widgets.HTML()
-    caption.add_class(f"{css}-caption")
+    """Controls over one picture; the text below it says what the picture shows and is announced to screen readers."""
+    picture, caption = widgets.Image(format="png"), widgets.HTML()
 
     def update(_change: Any = None) -> None:
         values = {name: control.value for name, control in controls.items()}
-        picture.value = image_png(draw(**values))
-        caption.value = f'<span aria-live="polite">{escape("; ".join(describe(**values)))}</span>'
+        picture.value = image_png(draw(data, **values))
+        caption.value = f'<span aria-live="polite">{escape("; ".join(describe(data, **values)))}</span>'
 
-    for control in controls.values():
+    for name, control in controls.items():
+        control.add_class(f"{css}-{'sample' if name == 'image' else name}")  # `-image` is the picture
         control.observe(update, names="value")
+    picture.add_class(f"{css}-image")
+    caption.add_class(f"{css}-caption")
     update()
     box = widgets.VBox([*controls.values(), picture, caption])
     box.add_class(css)
@@ -57,40 +54,22 @@ def _explorer(
 
 
 def ThresholdExplorer(data: ThresholdData, *, tau: float = 0.01) -> widgets.VBox:
-    """Any token's survivors at any tau. CSS classes: `svit-threshold-explorer`, and on its parts `-image`, `-caption`,
-    `-tau`, `-layer`, `-head`, `-token`."""
-    css = "svit-threshold-explorer"
-    layers, heads, tokens, _ = data.probabilities.shape
+    """Any token's survivors at any tau, which starts at `tau`.
+
+    CSS classes: `svit-threshold-explorer`, and on its parts `-image`, `-caption`, `-tau`, `-layer`, `-head`, `-token`.
+    """
     slider = widgets.FloatLogSlider(
-        value=tau,
-        base=10,
-        min=-4,
-        max=-0.3,
-        step=0.02,
-        description="τ",
-        readout_format=".4f",
-        layout=_LAYOUT,
-        style=_STYLE,
+        value=tau, base=10, min=-4, max=-0.3, step=0.02, description="τ", readout_format=".4f", **_LOOK
     )
-    slider.add_class(f"{css}-tau")
-    controls = {
-        "tau": slider,
-        "layer": _slider("layer", layers, f"{css}-layer"),
-        "head": _slider("head", heads, f"{css}-head"),
-        "token": _slider("token", tokens, f"{css}-token"),
-    }
-    return _explorer(css, controls, lambda **v: threshold_picture(data, **v), lambda **v: threshold_lines(data, **v))
+    controls = {"tau": slider, **_sliders(data.probabilities.shape, "layer", "head", "token")}
+    return _explorer("svit-threshold-explorer", controls, data, threshold_picture, threshold_lines)
 
 
 def AttentionExplorer(data: AttentionData) -> widgets.VBox:
-    """Dense beside sparse attention. CSS classes: `svit-attention-explorer`, and on its parts `-image`, `-caption`,
-    `-sample`, `-layer`, `-head`, `-token`."""
-    css = "svit-attention-explorer"
-    images, layers, heads, tokens, _ = data.dense.shape
-    controls = {
-        "image": _slider("image", images, f"{css}-sample"),
-        "layer": _slider("layer", layers, f"{css}-layer"),
-        "head": _slider("head", heads, f"{css}-head"),
-        "token": _slider("token", tokens, f"{css}-token"),
-    }
-    return _explorer(css, controls, lambda **v: attention_picture(data, **v), lambda **v: attention_lines(data, **v))
+    """Dense beside sparse attention.
+
+    CSS classes: `svit-attention-explorer`, and on its parts `-image`, `-caption`, `-sample`, `-layer`, `-head`,
+    `-token`.
+    """
+    controls = _sliders(data.dense.shape, "image", "layer", "head", "token")
+    return _explorer("svit-attention-explorer", controls, data, attention_picture, attention_lines)

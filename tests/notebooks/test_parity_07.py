@@ -20,7 +20,7 @@ from svit_utils.referee import (
     infidelity,
     random_maps,
 )
-from svit_utils.referee.faithfulness import _squares
+from svit_utils.referee.infidelity import random_squares
 from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "07_the_referee"
@@ -81,7 +81,7 @@ def test_infidelity(kind: str) -> None:
     heat = {"noise": random_maps(1, (8, 12)).double(), "gradient": slope, "zeros": torch.zeros(1, 8, 12)}[kind]
     x = x.detach()
     wanted = infidelity(model, x, heat, target, perturbations=30, multiply_by_inputs=False, seed=2)
-    removed = _squares(torch.rand(1, 30, 3, generator=generator(2), dtype=torch.float64)[0], (8, 12))  # the same draws
+    removed = random_squares(torch.rand(1, 30, 3, generator=generator(2), dtype=torch.float64)[0], (8, 12))  # the same draws
     got = by_hand(model, x[0], heat.expand(3, -1, -1), target, removed)
     torch.testing.assert_close(got, wanted[0], rtol=1e-9, atol=1e-12)
 

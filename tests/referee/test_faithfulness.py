@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from svit_utils.data.planted_shapes import PlantedShapes
 from svit_utils.models import load_embedded
-from svit_utils.referee import faithfulness, random_maps
-from svit_utils.referee.faithfulness import (
+from svit_utils.referee import (
     curve_area,
     deletion_curve,
     faithfulness_scores,
     infidelity,
     insertion_curve,
     max_sensitivity,
+    random_maps,
     road,
     sparseness,
 )
+from svit_utils.referee.curves import blurred
+from svit_utils.referee.infidelity import random_squares
 
 GRID, IMAGE = (2, 3), (4, 6)  # cells of 2 x 2 pixels
 WEIGHTS = torch.tensor([[2.0, -1.5, 0.25], [1.0, 0.5, -0.75]], dtype=torch.float64)
@@ -133,12 +135,12 @@ def test_insertion_starts_from_a_picture_that_is_blurred():
     x = pictures(3, (16, 24))
     model = Counting(torch.randn(16, 24, generator=torch.Generator().manual_seed(1)).double())
     curve = insertion_curve(model, x, random_maps(3, (4, 6)), 1)
-    blurred = faithfulness._blurred(x)
-    torch.testing.assert_close(curve[:, 0], model(blurred).softmax(1)[:, 1].detach())
+    start = blurred(x)
+    torch.testing.assert_close(curve[:, 0], model(start).softmax(1)[:, 1].detach())
     torch.testing.assert_close(curve[:, -1], model(x).softmax(1)[:, 1].detach())
-    assert blurred.std() < 0.25 * x.std() and abs(blurred.mean() - x.mean()) < 0.05
+    assert start.std() < 0.25 * x.std() and abs(start.mean() - x.mean()) < 0.05
     flat = torch.full_like(x, 0.3)
-    torch.testing.assert_close(faithfulness._blurred(flat), flat)
+    torch.testing.assert_close(blurred(flat), flat)
 
 
 def test_area_under_a_straight_line_and_a_step():
@@ -216,6 +218,8 @@ def test_road_knows_the_cells_that_matter_and_gives_a_blank_map_nothing():
 
 @pytest.mark.parametrize("kind", ["zeros", "spike", "nine tenths zero"])
 def test_road_removes_the_stated_share_of_a_tied_map(kind, monkeypatch):
+    from pytorch_grad_cam.metrics import road as library
+
     maps = torch.zeros(3, 6, 8)
     if kind == "spike":
         maps[:, 2, 3] = 1.0
@@ -223,12 +227,12 @@ def test_road_removes_the_stated_share_of_a_tied_map(kind, monkeypatch):
         maps[:, 0, :5] = torch.rand(5, generator=torch.Generator().manual_seed(0))
     kept = []
 
-    class Watched(faithfulness.NoisyLinearImputer):
+    class Watched(library.NoisyLinearImputer):
         def __call__(self, image, mask):
             kept.append(float(mask.mean()))
             return super().__call__(image, mask)
 
-    monkeypatch.setattr(faithfulness, "NoisyLinearImputer", Watched)
+    monkeypatch.setattr(library, "NoisyLinearImputer", Watched)
     scores = road(vit(), pictures(3, (24, 32)), maps, 0, percentiles=(25, 75))
     assert torch.isfinite(scores).all()
     # Three images, twice for each order: to within one cell of 48.
@@ -275,7 +279,7 @@ def test_infidelity_is_captums_with_the_same_perturbations():
     maps = random_maps(4, (6, 8), seed=2)
     generator = torch.Generator().manual_seed(7)
     draws = torch.rand(4, perturbations, 3, generator=generator, dtype=torch.float64)
-    squares = faithfulness._squares(draws.flatten(0, 1), (6, 8)).float()
+    squares = random_squares(draws.flatten(0, 1), (6, 8)).float()
     squares = nn.functional.interpolate(squares[:, None], scale_factor=4, mode="nearest").expand(-1, 3, -1, -1)
     attribution = nn.functional.interpolate(maps[:, None], scale_factor=4, mode="nearest").expand(-1, 3, -1, -1)
 
@@ -296,7 +300,7 @@ def test_infidelity_is_captums_with_the_same_perturbations():
 
 def test_squares_have_every_side_and_reach_every_cell():
     draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    squares = faithfulness._squares(draws, (6, 8))
+    squares = random_squares(draws, (6, 8))
     area, rows, columns = squares.sum((1, 2)), squares.any(2).sum(1), squares.any(1).sum(1)
     assert torch.equal(rows, columns) and torch.equal(area, rows * columns)  # solid squares, inside the grid
     assert rows.unique().tolist() == [1, 2, 3]
@@ -335,6 +339,18 @@ def test_classes_go_with_the_noisy_copies_even_where_the_prediction_flips():
         clean, noisy = asked[-2:]
         assert torch.equal(clean, wanted) and torch.equal(noisy, wanted.repeat_interleave(10))
     assert len(flips) == 3 and all(flips)
+
+
+def test_an_image_on_its_own_goes_with_its_class():
+    """A batch of one image: Captum would hand its class over once for all of the noisy copies."""
+
+    def explain(model, images, classes):
+        assert len(classes) == len(images)
+        return images[:, 0] * (1 + classes[:, None, None])
+
+    x = pictures(3, IMAGE)
+    together, alone = (max_sensitivity(Counting(), x, explain, [0, 1, 1], batch_size=size) for size in (1000, 10))
+    torch.testing.assert_close(together, alone)
 
 
 def test_sensitivity_of_a_linear_explanation():

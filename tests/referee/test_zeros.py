@@ -204,9 +204,9 @@ def test_bad_input(sparse):
     for function in (value_path_certificate, normaliser_effect):
         with pytest.raises(ValueError, match="VisionTransformer has no sparse attention: call sparsify"):
             function(dense, X)
-    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rows must be a whole number of at least 1, got 0"):
         value_path_certificate(sparse, X, rows=0)
-    with pytest.raises(ValueError, match="keys must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="keys must be a whole number of at least 1, got -1"):
         normaliser_effect(sparse, X, keys=-1)
     with pytest.raises(ValueError, match=r"tau must lie in \[0, 1\), got 1"):
         normaliser_effect(sparse, X, 1)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from svit_utils import show
-from svit_utils.show.style import colour_map, normalised
+from svit_utils.show.pictures import colour_map, normalised
 
 MASKS = torch.zeros(2, 32, 48, dtype=torch.bool)
 MASKS[:, 8:20, 10:30] = True

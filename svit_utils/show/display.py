@@ -1,0 +1,81 @@
+"""Figures and pictures shown in a notebook together with a text for readers who do not see them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from svit_utils.show.style import styled
+
+# Read by screen readers, seen by nobody.
+_HIDDEN = "position:absolute;width:1px;height:1px;margin:-1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap"
+
+
+def with_alt(figure: Figure, alt: str) -> Figure:
+    """Attach the text that stands for the figure (ValueError if empty); `figure_with_alt` shows both."""
+    if not alt.strip():
+        raise ValueError("a figure needs a text that says what it shows")
+    figure.svit_alt = alt  # type: ignore[attr-defined]
+    return figure
+
+
+def alt_of(figure: Figure) -> str:
+    """The text attached to a figure, or an empty one."""
+    return getattr(figure, "svit_alt", "")
+
+
+def figure_png(figure: Figure, dpi: int = 100) -> bytes:
+    """The figure as PNG bytes, on its opaque background."""
+    buffer = io.BytesIO()
+    with styled():
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def image_png(image: Image.Image) -> bytes:
+    """A PIL image as PNG bytes, packed quickly rather than tightly."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _display(png: bytes, alt: str) -> None:
+    """Show PNG bytes as one `image/png` output, with ``alt`` in three places, because each reader looks in another.
+
+    It stands in the output's metadata, which nbconvert's templates read; in `text/plain`, for terminals and diffs; and
+    in a hidden paragraph for screen readers in JupyterLab, which gives an image output no text.
+    """
+    from IPython.display import display
+
+    display(
+        {"image/png": base64.b64encode(png).decode("ascii"), "text/plain": f"[Figure: {alt}]"},
+        raw=True,
+        metadata={"image/png": {"alt": alt, "needs_background": "light"}},
+    )
+    paragraph = f'<p class="svit-alt" style="{_HIDDEN}">Figure: {escape(alt)}</p>'
+    display({"text/html": paragraph, "text/plain": ""}, raw=True)
+
+
+def figure_with_alt(figure: Figure, alt: str | None = None, dpi: int = 100) -> None:
+    """Display a figure in a notebook as PNG with its text (`alt`, or the one attached), and close it.
+
+    Raises ValueError where there is no text.
+    """
+    import matplotlib.pyplot as plt
+
+    text = alt or alt_of(figure)
+    if not text:
+        raise ValueError("figure_with_alt needs a text that says what the figure shows")
+    _display(figure_png(figure, dpi), text)
+    plt.close(figure)
+
+
+def image_with_alt(image: Image.Image, alt: str) -> None:
+    """Display a PIL picture (what a widget would show) in a notebook as PNG with its text (ValueError if empty)."""
+    if not alt.strip():
+        raise ValueError("image_with_alt needs a text that says what the picture shows")
+    _display(image_png(image), alt)

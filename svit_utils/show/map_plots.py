@@ -1,0 +1,119 @@
+"""Figures of maps over images. Each function returns a matplotlib `Figure` with a text that describes it, or `alt`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from svit_utils.show.display import with_alt
+from svit_utils.show.pictures import as_array, overlay, to_rgb
+from svit_utils.show.style import CMAP, COLOURS, styled_figure
+
+
+def _title(name: str) -> str:
+    known = {"grad_cam": "Grad-CAM", "layer_grad_cam": "LayerGradCam", "attention": "attention, last layer"}
+    return known.get(name, name.replace("_", " "))
+
+
+def _without_ticks(axis: Any) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(False)
+
+
+def explanation_grid(
+    images: Any,
+    maps: Mapping[str, Any],
+    *,
+    labels: Sequence[str] | None = None,
+    masks: Any | None = None,
+    alt: str | None = None,
+) -> Figure:
+    """A row per image: the image, then each method's map laid over it.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1].
+        maps: name -> [B, h, w]; every map is stretched to its own range, so colours compare places, not strengths.
+        labels: a text per image, at its left.
+        masks: [B, H, W] boolean, drawn as an outline.
+
+    Raises ValueError for a map of another shape.
+    """
+    for name, value in maps.items():
+        if value.ndim != 3 or len(value) != len(images):
+            raise ValueError(f"map {name!r} must be [{len(images)}, h, w], got shape {tuple(value.shape)}")
+    rows, titles = len(images), ["image", *map(_title, maps)]
+    with styled_figure(1.9 * len(titles), 1.9 * rows + 0.6) as figure:
+        axes = figure.subplots(rows, len(titles), squeeze=False)
+        for r in range(rows):
+            rgb = to_rgb(images[r])
+            scale = max(1, 224 // rgb.shape[0])
+            pictures = [rgb, *(np.asarray(overlay(rgb, value[r], scale=scale)) for value in maps.values())]
+            for c, (axis, picture) in enumerate(zip(axes[r], pictures, strict=True)):
+                # One coordinate system for all columns, so that the outline fits pictures of any resolution.
+                axis.imshow(picture, extent=(0, rgb.shape[1], rgb.shape[0], 0), interpolation="nearest")
+                _without_ticks(axis)
+                if r == 0:
+                    axis.set_title(titles[c])
+                if c == 0 and labels is not None:
+                    axis.set_ylabel(labels[r])
+                if masks is not None:
+                    _outline(axis, np.asarray(masks[r]))
+        figure.supxlabel("each map stretched to its own range: dark low, bright high", fontsize=9)
+    text = (
+        f"{rows} image{'s' if rows > 1 else ''}, one per row, each followed by the maps of "
+        f"{', '.join(titles[1:])} laid over it in colour, bright where the map is high"
+        + ("; the object's outline is drawn in orange." if masks is not None else ".")
+    )
+    return with_alt(figure, alt or text)
+
+
+def _outline(axis: Any, mask: np.ndarray) -> None:
+    y, x = (np.arange(side) + 0.5 for side in mask.shape)
+    axis.contour(x, y, mask.astype(float), levels=[0.5], colors=COLOURS["vermilion"], linewidths=1.4)
+
+
+def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "", alt: str | None = None) -> Figure:
+    """One query's attention per head: dense above, sparse below, weights of exactly zero crossed out.
+
+    Args:
+        image: [3, H, W] in [0, 1].
+        dense, sparse: [heads, h, w] weights of the same query. The two maps of a head share one square-root colour
+            scale.
+
+    Raises ValueError for other shapes.
+    """
+    dense, sparse = as_array(dense, float), as_array(sparse, float)
+    if dense.shape != sparse.shape or dense.ndim != 3:
+        raise ValueError(f"dense and sparse must both be [heads, h, w], got {dense.shape} and {sparse.shape}")
+    heads = len(dense)
+    with styled_figure(1.9 * (heads + 1) + 0.8, 4.3) as figure:
+        axes = figure.subplots(2, heads + 1)
+        axes[0, 0].set_title("image")
+        for row, name, values in zip(axes, ("dense", "sparse"), (dense, sparse), strict=True):
+            row[0].imshow(to_rgb(image))
+            row[0].set_ylabel(name)
+            for h, axis in enumerate(row[1:]):
+                top = max(dense[h].max(), sparse[h].max(), 1e-12)
+                axis.imshow(values[h], norm=PowerNorm(0.5, vmin=0, vmax=top), cmap=CMAP, interpolation="nearest")
+                axis.set_xlabel(f"{(values[h] == 0).mean():.0%} zero")
+                # On a colour scale alone, zeros look like small weights.
+                y, x = np.nonzero(values[h] == 0)
+                axis.scatter(x, y, marker="x", s=5, linewidths=0.5, color="#BBBBBB")
+        for h, axis in enumerate(axes[0, 1:]):
+            axis.set_title(f"head {h}")
+        for axis in axes.flat:
+            _without_ticks(axis)
+        figure.supxlabel("one square-root colour scale per head; crosses: exactly 0", fontsize=9)
+        if title:
+            figure.suptitle(title)
+    return with_alt(
+        figure,
+        alt
+        or f"Attention of one query over the patches in {heads} heads: dense weights in the upper row, thresholded "
+        "weights in the lower row, on the same image and colour scale; weights of exactly zero are crossed out.",
+    )

@@ -1,0 +1,58 @@
+"""Tensors and maps as pictures of bytes: conversion, colour, and a map laid over its image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from svit_utils.show.style import CMAP
+
+
+def as_array(values: Any, dtype: Any = None) -> np.ndarray:
+    """A tensor (on any device, with or without gradient) or anything array-like as a NumPy array."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=dtype)
+
+
+def to_rgb(image: Any) -> np.ndarray:
+    """[3, H, W] or [H, W, 3], tensor or array, in [0, 1] or bytes -> uint8 [H, W, 3].
+
+    Values outside [0, 1] (a normalised image) are stretched from their minimum to their maximum: good to look at, not
+    to measure. Raises ValueError for another rank.
+    """
+    array = as_array(image)
+    if array.dtype == np.uint8:
+        array = array / 255.0
+    if array.ndim != 3:
+        raise ValueError(f"an image is [3, H, W] or [H, W, 3], got shape {array.shape}")
+    if array.shape[0] == 3 and array.shape[-1] != 3:
+        array = array.transpose(1, 2, 0)
+    array = array.astype(np.float32)
+    if array.min() < -1e-3 or array.max() > 1 + 1e-3:
+        array = (array - array.min()) / max(float(array.max() - array.min()), 1e-12)
+    return (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def normalised(heat: Any) -> np.ndarray:
+    """[h, w] -> float32 in [0, 1] by its own minimum and maximum; a constant map gives 0 throughout."""
+    array = as_array(heat, np.float32)
+    low, high = float(array.min()), float(array.max())
+    return np.zeros_like(array) if high <= low else (array - low) / (high - low)
+
+
+def colour_map(values: np.ndarray) -> np.ndarray:
+    """[...] in [0, 1] -> uint8 [..., 3] in the colours of `CMAP`."""
+    return (matplotlib.colormaps[CMAP](values)[..., :3] * 255 + 0.5).astype(np.uint8)
+
+
+def overlay(rgb: np.ndarray, heat: Any, *, alpha: float = 0.6, scale: int = 1) -> Image.Image:
+    """A map [h, w], stretched to its own range, in colour over the grey image uint8 [H, W, 3].
+
+    `alpha` is the opacity of the map, in [0, 1]; the picture is enlarged `scale` times.
+    """
+    height, width = rgb.shape[0] * scale, rgb.shape[1] * scale
+    grey = Image.fromarray(rgb).convert("L").convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    large = Image.fromarray(normalised(heat)).resize((width, height), Image.Resampling.BILINEAR)
+    return Image.blend(grey, Image.fromarray(colour_map(np.asarray(large))), alpha)
