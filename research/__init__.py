@@ -1,6 +1,4 @@
-"""The recorded experiments: their designs, the program that runs them, and the check that reruns a row of each."""
+"""What made ``results/``: the plans of all runs, their training, the study of the maps, the check that runs repeat.
 
-from research.arms import DESIGNS, Arm, Design, get_design
-from research.run import run_arm, run_design
-
-__all__ = ["DESIGNS", "Arm", "Design", "get_design", "run_arm", "run_design"]
+Not part of the wheel; ``python -m research --help`` lists the commands.
+"""

@@ -1,4 +1,4 @@
-"""The command line: ``python -m research experiment | study``."""
+"""The command line: ``python -m research experiment | study | plan``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,110 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from research import experiment_command, study_command
+# The commands import what they need themselves: `--help` need not wait for torch.
 
-COMMANDS = {"experiment": experiment_command, "study": study_command}
+
+def run_experiment(options: argparse.Namespace) -> None:
+    """Run an experiment, or what is missing of it; without a name, list them."""
+    from research import training
+    from research.plans import EXPERIMENTS, get_experiment
+
+    if options.name is None:
+        if options.runs:
+            raise ValueError("--runs needs the name of an experiment")
+        for experiment in EXPERIMENTS.values():
+            print(f"{experiment.name}: {experiment.title}\n    {' '.join(run.name for run in experiment.runs)}")
+        return
+    experiment = get_experiment(options.name)
+    set_threads(options.threads)
+    print(training.run_experiment(experiment, only=options.runs))
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """Train, score and compare what results/study/PLAN.md names, or what is missing of it."""
+    from research.study import run, studies, tables
+
+    study = studies.get_study(options.profile)
+    if options.tables:
+        for path in tables.write_tables(study, options.out):
+            print(path)
+    elif options.out is not None:
+        raise ValueError("--out goes with --tables only")
+    else:
+        print(run.run_study(study, jobs=options.jobs, parts=options.parts, runs=options.runs))
+
+
+def write_plan(options: argparse.Namespace) -> None:
+    """Write results/planned.csv: every planned run, in order, for the chapters to read."""
+    from pathlib import Path
+
+    from research.plans import planned_rows
+    from svit_utils.files import write_rows
+    from svit_utils.paths import results_dir
+
+    folder = results_dir() if options.out is None else Path(options.out)
+    rows = planned_rows()
+    print(write_rows(folder / "planned.csv", rows[0], rows))
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many processor threads; all by default."""
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    whole = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, work: object) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=work.__doc__, description=work.__doc__)
+        command.set_defaults(work=work)
+        return command
+
+    experiment = add("experiment", run_experiment)
+    experiment.add_argument("name", nargs="?", help="the experiment; left out, the command lists them")
+    experiment.add_argument("--runs", nargs="+", metavar="RUN", help="only these; all that are not recorded by default")
+    experiment.add_argument("--threads", type=int, metavar="N", help="processor threads of torch (default: all)")
+
+    study = add("study", run_study)
+    study.add_argument(
+        "--profile", default="full", help="full (results/study), deit (results/study_deit) or smoke (build/study-smoke)"
+    )
+    study.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
+    study.add_argument("--parts", nargs="+", metavar="PART", help="only these parts, such as train or localisation")
+    study.add_argument("--runs", nargs="+", metavar="RUN", help="score only these runs, such as dense-rho0-seed0")
+    study.add_argument("--tables", action="store_true", help="only write the tables, from the recorded scores")
+    study.add_argument("--out", metavar="FOLDER", help="with --tables: where to (default: the study's folder)")
+
+    plan = add("plan", write_plan)
+    plan.add_argument("--out", metavar="FOLDER", help="where to (default: results/)")
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.__doc__, description=module.__doc__))
-    options = parser.parse_args(argv)
-    return int(COMMANDS[options.command].run(options))
+    """Run one command; 0, or after a line that says why: 2 where the input is at fault, 1 where training failed."""
+    options = parser().parse_args(argv)
+    from svit_utils.training import CheckpointError, NonFiniteLossError
+
+    try:
+        options.work(options)
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

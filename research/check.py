@@ -1,12 +1,12 @@
-"""Does a recorded result still come out of this code? Reruns the small row of each results file and compares."""
+"""Does a recorded result still come out of this code? Repeats the small row of each results file and compares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from research.arms import DESIGNS, Design
-from research.run import run_arm
+from research.plans import Experiment
+from research.training import train_run
 from svit_utils.data import DataNotFoundError
 from svit_utils.files import read_rows
 from svit_utils.models import WeightsError
@@ -17,35 +17,30 @@ from svit_utils.paths import results_dir
 class Check:
     """What the comparison of one results file gave: ``passed`` is None where it could not be made here."""
 
-    design: str
+    experiment: str
     passed: bool | None
     message: str
 
 
-def check_design(design: Design, *, folder: Path | None = None) -> Check:
-    """Rerun the first arm of ``design`` at small size and compare with the recorded small row.
-
-    The bands are the design's own: `Design.accuracy_band` (share of right answers) and `Design.loss_band` (nats).
-    """
-    path = (results_dir() if folder is None else folder) / f"{design.name}.csv"
-    arm = design.arms[0]
-    rows = [row for row in read_rows(path) if row["name"] == arm.name and row["size"] == "small"]
+def check_experiment(experiment: Experiment, *, folder: Path | None = None) -> Check:
+    """Repeat the first run at small size and compare with the recorded small row, within the experiment's bands."""
+    path = (results_dir() if folder is None else folder) / f"{experiment.name}.csv"
+    run = experiment.runs[0]
+    rows = [row for row in read_rows(path) if row["name"] == run.name and row["size"] == "small"]
     if not rows:
-        return Check(design.name, None, f"{path.name} has no small row of {arm.name}")
+        return Check(experiment.name, None, f"{path.name} has no small row of {run.name}")
     try:
-        now, _ = run_arm(design, arm, size="small")
+        now, _ = train_run(experiment, run, size="small")
     except (DataNotFoundError, WeightsError) as error:
-        return Check(design.name, None, str(error).splitlines()[0])
-    differences = {
-        name: abs(float(now[name]) - float(rows[0][name])) for name in ("test_accuracy", "test_loss", "train_loss")
+        return Check(experiment.name, None, str(error).splitlines()[0])
+    bands = {
+        "test_accuracy": experiment.accuracy_band,
+        "test_loss": experiment.loss_band,
+        "train_loss": experiment.loss_band,
     }
-    bands = {"test_accuracy": design.accuracy_band, "test_loss": design.loss_band, "train_loss": design.loss_band}
+    passed = all(abs(float(now[name]) - float(rows[0][name])) <= band for name, band in bands.items())
     message = ", ".join(
-        f"{name} {float(now[name]):.4f} (recorded {float(rows[0][name]):.4f}, band {bands[name]})" for name in bands
+        f"{name} {float(now[name]):.4f} (recorded {float(rows[0][name]):.4f}, band {band})"
+        for name, band in bands.items()
     )
-    return Check(design.name, all(differences[name] <= bands[name] for name in bands), message)
-
-
-def check_all() -> list[Check]:
-    """`check_design` of every design, in order."""
-    return [check_design(design) for design in DESIGNS.values()]
+    return Check(experiment.name, passed, message)

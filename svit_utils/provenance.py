@@ -30,7 +30,7 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "svit_utils")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "svit_utils", "research")),
         "date": datetime.date.today().isoformat(),
         **extra,
     }

@@ -1,7 +1,8 @@
 """The recorded experiments in ``results/``, as the chapters read them.
 
 ``results/<experiment>.csv`` has one row per training run; ``results/<experiment>_correct.csv`` says which test images
-each run got right, one bit per image in hexadecimal digits. The program ``research/`` wrote both.
+each run got right, one bit per image in hexadecimal digits; ``results/planned.csv`` names every run that was planned.
+The program ``research/`` wrote them all.
 """
 
 from __future__ import annotations
@@ -35,6 +36,23 @@ def correct_by_run(experiment: str, folder: Path | None = None) -> dict[str, np.
     """Which test images each full-size run got right: bool [n] by the run's name; see `run_rows`."""
     rows = read_rows((results_dir() if folder is None else folder) / f"{experiment}_correct.csv")
     return {row["name"]: unpack(row["correct"], int(row["n"])) for row in rows if row["size"] == "full"}
+
+
+def planned_runs(experiment: str, folder: Path | None = None) -> list[Row]:
+    """The full-size runs that were planned for an experiment, in order, whether or not they were done.
+
+    Returns:
+        Each run's name and recipe (threshold, tau_warmup, steps, lr, seed, ...), as text; see `run_rows`.
+
+    Raises:
+        ValueError: no experiment of that name is planned.
+    """
+    rows = read_rows((results_dir() if folder is None else folder) / "planned.csv")
+    found = [row for row in rows if row["experiment"] == experiment]
+    if not found:
+        known = ", ".join(dict.fromkeys(row["experiment"] for row in rows)) or "none"
+        raise ValueError(f"unknown experiment {experiment!r}; planned are: {known}")
+    return found
 
 
 def pack(correct: np.ndarray) -> str:

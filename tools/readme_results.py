@@ -9,8 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from research.study.summary import study_sentence, study_table
-from research.summary import deit_table, planted_table, provenance_line, vit56_table
+from research.markdown import deit_table, planted_table, provenance_line, study_sentence, study_table, vit56_table
 from svit_utils.files import read_rows
 from svit_utils.paths import results_dir
 
@@ -24,7 +23,7 @@ def block(folder: Path) -> str:
     """The Markdown between the markers, from the results files in ``folder``."""
     parts = []
     for title, name, table in (
-        ("PlantedShapes, the small ViT (N = 197), all arms from one dense start", "planted", planted_table),
+        ("PlantedShapes, the small ViT (N = 197), all runs from one dense start", "planted", planted_table),
         ("CIFAR-10 at 224 px, DeiT-Tiny, 450 steps of 16 images", "deit_cifar10", deit_table),
         ("CIFAR-10 at 56 px, the small ViT from scratch", "vit56_cifar10", vit56_table),
     ):
@@ -96,7 +95,7 @@ def stamped(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def whole(text: str, folder: Path) -> str:
-    """The README's text with both of its parts written anew."""
+    """The README's text with both of its parts written again."""
     return stamped(stamped(text, block(folder)), cost(folder), COST_BEGIN, COST_END)
 
 

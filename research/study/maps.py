@@ -14,7 +14,7 @@ CHUNK = 50  # images at a time: the maps of all layers of 50 images take some 10
 MODEL_MAPS = ("attention", "rollout", "grad_cam")
 DISPLAYED = {"attention": "attention_displayed", "rollout": "rollout_displayed"}
 MATCHED = "attention_matched"
-BASELINES = ("random", "centre", "edge", "uniform")
+BASELINE_MAPS = ("random", "centre", "edge", "uniform")
 
 
 def class_rows(model: nn.Module, grid: TokenGrid, weights: Tensor) -> Tensor:
@@ -34,10 +34,10 @@ def attention_views(
 
     Args:
         model: dense or sparse.
-        x: images, at most `CHUNK` for the memory's sake.
+        x: images; at most `CHUNK` at a time, for their maps' memory.
         tau: for a dense model, the threshold that its attention is also displayed through; None for no such view.
-        partner: a sparse model; the dense one's last class row is then also cut to as many keys as the partner's has,
-            head by head and image by image.
+        partner: a sparse model; of the dense one's last class row, as many of the largest keys as the partner keeps are
+            then shown as well, head by head and image by image.
 
     Returns:
         The maps by name, and the class token's rows by layer and head [B, L, H, h, w].
@@ -52,9 +52,9 @@ def attention_views(
     last = rows[:, -1]  # [B, H, N]
     views = {"attention": on_grid(last, grid).mean(dim=1), "rollout": rolled(layers)}
     if tau is not None:
-        cut = [displayed(weights, tau) for weights in layers]
-        views["attention_displayed"] = on_grid(class_rows(model, grid, cut[-1]), grid).mean(dim=1)
-        views["rollout_displayed"] = rolled(cut)
+        shown = [displayed(weights, tau) for weights in layers]
+        views["attention_displayed"] = on_grid(class_rows(model, grid, shown[-1]), grid).mean(dim=1)
+        views["rollout_displayed"] = rolled(shown)
     if partner is not None:
         (theirs,) = attention_maps(partner, x, layers=-1).values()
         kept = (class_rows(partner, grid, theirs) > 0).sum(dim=-1)  # [B, H]
@@ -72,7 +72,7 @@ def model_maps(model: nn.Module, x: Tensor, tau: float | None = None) -> dict[st
 
 
 def baseline_maps(x: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-    """The maps of `BASELINES`, which know no model, on a grid of ``size`` cells: name to [B, h, w]."""
+    """The maps of `BASELINE_MAPS`, which know no model, on a grid of ``size`` cells: name to [B, h, w]."""
     edges = nn.functional.adaptive_avg_pool2d(edge_maps(x)[:, None], size).squeeze(1)
     return {
         "random": random_maps(len(x), size),

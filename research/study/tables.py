@@ -1,6 +1,6 @@
 """The study's tables, from its recorded scores and nothing else: the same rows give the same bytes.
 
-``means.csv``: every score of every arm, over its seeds. ``contrasts.csv``: the comparisons of the plan
+``means.csv``: every score of every kind of model, over its seeds. ``contrasts.csv``: the comparisons of the plan
 (results/study/PLAN.md), with intervals, corrected p-values and what they say. ``verdicts.csv``: what follows for each
 kind of map.
 """
@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from research.plans import CONTROLS
 from research.study.maps import DISPLAYED, MATCHED, MODEL_MAPS
-from research.study.profiles import StudyProfile
+from research.study.store import images_path, read_images
+from research.study.studies import Study
 from svit_utils.records import verdict
 from svit_utils.referee import compare, holm, student_interval
 
-LOCALISATION = ("pointing_game", "energy_in_mask", "iou_at_mask_area", "average_precision")
-FAITHFULNESS = ("deletion", "insertion", "road", "infidelity", "max_sensitivity")
-CONTROLS = ("hard_cut", "top_k", "entmax15", "sparsemax")
+LOCALISATION_SCORES = ("pointing_game", "energy_in_mask", "iou_at_mask_area", "average_precision")
+FAITHFULNESS_SCORES = ("deletion", "insertion", "road", "infidelity", "max_sensitivity")
 ALPHA = 0.05
-# Scores for which less is better, as they stand in the contrasts; right answers without the object are the ground's.
+# Scores for which less is better. A right answer on a picture without its object was read off the background.
 LOWER_IS_BETTER = ("infidelity", "max_sensitivity", "background_swapped", "erased accuracy")
 
 
@@ -47,12 +48,12 @@ def contrasts() -> Iterator[Contrast]:
     pairs = [*((name, name) for name in MODEL_MAPS), *DISPLAYED.items()]
     for kind in ("sparse", "warmup"):
         for name, other in pairs:
-            for metric in LOCALISATION:
+            for metric in LOCALISATION_SCORES:
                 yield Contrast("localisation", 0.0, "localisation", (kind, name), ("dense", other), metric)
     for kind in ("sparse", "warmup"):
         for name, other in pairs:
             # A displayed map has no recipe to explain noisy images with, hence no max-sensitivity.
-            for metric in FAITHFULNESS if other == name else FAITHFULNESS[:-1]:
+            for metric in FAITHFULNESS_SCORES if other == name else FAITHFULNESS_SCORES[:-1]:
                 yield Contrast("faithfulness", 0.0, "faithfulness", (kind, name), ("dense", other), metric)
     for kind in ("sparse", "warmup"):
         yield Contrast("accuracy", 0.0, "background", (kind, "own"), ("dense", "own"), "accuracy")
@@ -63,46 +64,43 @@ def contrasts() -> Iterator[Contrast]:
             yield Contrast("background", 0.9, "background", (kind, name), ("dense", name), "background_swapped")
     for kind in CONTROLS:
         for name in MODEL_MAPS:
-            for metric in LOCALISATION:
+            for metric in LOCALISATION_SCORES:
                 yield Contrast("alternatives", 0.0, "localisation", (kind, name), ("sparse", name), metric)
         yield Contrast("alternatives", 0.0, "background", (kind, "own"), ("sparse", "own"), "accuracy")
     described = Contrast("matched", 0.0, "localisation", ("sparse", "attention"), ("dense", MATCHED), "", False)
-    for metric in LOCALISATION:
+    for metric in LOCALISATION_SCORES:
         yield replace(described, metric=metric)
     described = replace(described, family="at rho 0.9", rho=0.9)
     for kind in ("sparse", "warmup"):
         for name, other in pairs:
-            for metric in LOCALISATION:
+            for metric in LOCALISATION_SCORES:
                 yield replace(described, first=(kind, name), second=("dense", other), metric=metric)
     described = replace(described, family="alternatives against dense", rho=0.0)
     for kind in CONTROLS:
         for name in MODEL_MAPS:
-            for metric in LOCALISATION:
+            for metric in LOCALISATION_SCORES:
                 yield replace(described, first=(kind, name), second=("dense", name), metric=metric)
         accuracy = replace(described, part="background", metric="accuracy")
         yield replace(accuracy, first=(kind, "own"), second=("dense", "own"))
 
 
-class Recorded:
-    """The scores per image of a study: `of` gives those of one arm, map and metric."""
+class ImageScores:
+    """The recorded scores per image of a study."""
 
-    def __init__(self, profile: StudyProfile) -> None:
-        from research.study.run import arm_kind
-
-        self.folder = profile.out / "images"
-        self.arms = {(arm_kind(arm), arm.rho, arm.seed): arm.name for arm in profile.design.arms}
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        runs = study.experiment.runs
+        self.names = {(run.kind, run.profile.rho, run.profile.config.seed): run.name for run in runs}
         self._files: dict[Path, dict[str, np.ndarray]] = {}
 
-    def seeds(self, kind: str, rho: float, part: str) -> list[int]:
-        """Seeds whose cell is recorded."""
-        names = {seed: name for (k, r, seed), name in self.arms.items() if (k, r) == (kind, rho)}
-        return sorted(seed for seed, name in names.items() if self._path(name, part).is_file())
+    def seeds(self, kind: str, rho: float, part: str) -> set[int]:
+        """Seeds of the runs whose cell is recorded."""
+        names = {seed: name for (k, r, seed), name in self.names.items() if (k, r) == (kind, rho)}
+        return {seed for seed, name in names.items() if images_path(self.study, name, part).is_file()}
 
-    def of(self, kind: str, rho: float, seed: int, part: str, name: str, metric: str) -> np.ndarray:
-        """[n], the score as the contrasts use it: see the plan for the label-free ones."""
-        from research.study.run import read_images
-
-        path = self._path(self.arms[kind, rho, seed], part)
+    def scores(self, kind: str, rho: float, seed: int, part: str, name: str, metric: str) -> np.ndarray:
+        """[n], the score of the map ``name`` as the contrasts use it; see `RELATIVE` for the label-free ones."""
+        path = images_path(self.study, self.names[kind, rho, seed], part)
         if path not in self._files:
             self._files[path] = read_images(path)
         columns = self._files[path]
@@ -110,9 +108,6 @@ class Recorded:
         if metric not in RELATIVE:
             return score
         return RELATIVE[metric](score, columns[f"random:{metric}"])
-
-    def _path(self, arm: str, part: str) -> Path:
-        return self.folder / f"{arm}-{part}.csv.gz"
 
 
 # Probabilities and logits of two models are not on one scale: each score is taken against a random map's on the model.
@@ -124,23 +119,21 @@ RELATIVE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def contrast_table(profile: StudyProfile) -> pd.DataFrame:
+def contrast_table(study: Study) -> pd.DataFrame:
     """Every comparison that the recorded cells allow."""
-    store, rows = Recorded(profile), []
+    recorded, rows = ImageScores(study), []
     for contrast in contrasts():
+        rho, part, metric = contrast.rho, contrast.part, contrast.metric
         (kind, name), (other, shown) = contrast.first, contrast.second
-        common = set(store.seeds(kind, contrast.rho, contrast.part)) & set(
-            store.seeds(other, contrast.rho, contrast.part)
-        )
-        seeds = sorted(common)
+        seeds = sorted(recorded.seeds(kind, rho, part) & recorded.seeds(other, rho, part))
         if not seeds:
             continue
         try:
-            a = np.stack([store.of(kind, contrast.rho, s, contrast.part, name, contrast.metric) for s in seeds])
-            b = np.stack([store.of(other, contrast.rho, s, contrast.part, shown, contrast.metric) for s in seeds])
+            a = np.stack([recorded.scores(kind, rho, seed, part, name, metric) for seed in seeds])
+            b = np.stack([recorded.scores(other, rho, seed, part, shown, metric) for seed in seeds])
         except KeyError:  # a part of a study that has no such map
             continue
-        result = compare(a, b, resamples=profile.resamples)
+        result = compare(a, b, resamples=study.resamples)
         rows.append(
             {
                 "family": contrast.family,
@@ -175,9 +168,9 @@ def contrast_table(profile: StudyProfile) -> pd.DataFrame:
     return table.drop(columns=["comparison", "judged"])
 
 
-def mean_table(profile: StudyProfile) -> pd.DataFrame:
+def mean_table(study: Study) -> pd.DataFrame:
     """Mean over seeds of every score that is not of one layer or head, with Student's interval."""
-    path = profile.out / "scores.csv"
+    path = study.out / "scores.csv"
     scores = pd.read_csv(path, dtype=str, keep_default_na=False)
     scores = scores[(scores["head"] == "") & (scores["layer"] == "")]
     scores["value"] = scores["value"].astype(float)
@@ -194,7 +187,7 @@ def mean_table(profile: StudyProfile) -> pd.DataFrame:
 
 
 def verdict_table(table: pd.DataFrame) -> pd.DataFrame:
-    """`verdict` of "object-focused" (localisation) and "faithful" for each map of the two sparse arms."""
+    """`verdict` of "object-focused" (localisation) and "faithful" for each map of the two kinds of sparse model."""
     if table.empty:
         return pd.DataFrame()
     rows: list[dict[str, Any]] = []
@@ -217,18 +210,18 @@ def verdict_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def tables(profile: StudyProfile) -> dict[str, pd.DataFrame]:
+def tables(study: Study) -> dict[str, pd.DataFrame]:
     """All tables by file name."""
-    found = contrast_table(profile)
-    return {"means": mean_table(profile), "contrasts": found, "verdicts": verdict_table(found)}
+    found = contrast_table(study)
+    return {"means": mean_table(study), "contrasts": found, "verdicts": verdict_table(found)}
 
 
-def write_tables(profile: StudyProfile, out: Path | None = None) -> list[Path]:
+def write_tables(study: Study, out: str | Path | None = None) -> list[Path]:
     """Write `tables` as CSV into ``tables/`` of the study, or of ``out``; four significant digits."""
-    folder = (profile.out if out is None else out) / "tables"
+    folder = (study.out if out is None else Path(out)) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, table in tables(profile).items():
+    for name, table in tables(study).items():
         paths.append(folder / f"{name}.csv")
         table.to_csv(paths[-1], index=False, float_format="%.4g", lineterminator="\n")
     return paths

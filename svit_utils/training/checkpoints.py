@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from svit_utils.attention import sparse_modules
+from svit_utils.attention import Normaliser, sparse_modules
+from svit_utils.attention.normalisers import ThresholdedSoftmax
 from svit_utils.files import replacing
 from svit_utils.training.config import TrainConfig
 
@@ -63,7 +64,7 @@ def fingerprint(model: nn.Module, config: TrainConfig, images: int, processes: i
     """
     recipe = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "log_every", "num_workers")}
     shapes = "".join(f"{name}{tuple(p.shape)}" for name, p in model.state_dict().items())
-    sparse = {name: f"{m.empty_rows} {m.threshold.extra_repr()}" for name, m in sparse_modules(model).items()}
+    sparse = {name: _attention(module.normaliser) for name, module in sparse_modules(model).items()}
     digest = hashlib.sha256((shapes + json.dumps(sparse)).encode()).hexdigest()[:12]
     start = hashlib.sha256()
     for value in model.state_dict().values():
@@ -76,6 +77,13 @@ def fingerprint(model: nn.Module, config: TrainConfig, images: int, processes: i
         **recipe,
     }
     return json.dumps(content, sort_keys=True)
+
+
+def _attention(normaliser: Normaliser) -> str:
+    """Which attention a module has; of the thresholded softmax only its settings, as in the oldest checkpoints."""
+    if isinstance(normaliser, ThresholdedSoftmax):
+        return f"{normaliser.empty_rows} {normaliser.threshold.extra_repr()}"
+    return repr(normaliser)
 
 
 def load_checkpoint(folder: Path, expected: str) -> dict[str, Any] | None:

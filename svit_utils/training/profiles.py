@@ -46,8 +46,7 @@ class Profile:
         start: ``"scratch"``, ``"pretrained"`` (timm's weights, local or downloaded), a shipped checkpoint, or a
             ``.safetensors`` file.
         config: the recipe.
-        threshold: tau of the sparse model.
-        empty_rows: its treatment of rows that lose every key, see `svit_utils.thresholded_softmax`.
+        threshold, empty_rows, normaliser: of the sparse model, see `svit_utils.sparsify`.
         augment: crop and flip the training images (PlantedShapes needs none: every picture is new).
         normalise: pixel statistics, as for `svit_utils.data.cifar10`; None for those that the model was pretrained
             with. PlantedShapes has statistics of its own.
@@ -65,6 +64,7 @@ class Profile:
     config: TrainConfig
     threshold: float = 0.01
     empty_rows: str = "dense"
+    normaliser: str = "thresholded"
     augment: bool = False
     normalise: str | None = None
     rho: float = 0.0
@@ -218,11 +218,11 @@ def build_model(
     layers: list[int] | None = None,
     seed: int | None = None,
 ) -> nn.Module:
-    """The profile's model at its start, dense or sparse with the profile's threshold.
+    """The profile's model at its start, dense or sparse.
 
     Args:
         profile: which model, start and threshold.
-        sparse: put the thresholded attention in.
+        sparse: put the profile's sparse attention in.
         num_classes: outputs.
         learnable: with ``sparse``, train tau ``"model"``-, ``"layer"``- or ``"head"``-wise from the profile's value.
         layers: with ``sparse``, only these blocks.
@@ -247,7 +247,7 @@ def build_model(
         )
     if sparse:
         threshold = profile.threshold if learnable is None else LearnableThreshold(profile.threshold, per=learnable)
-        sparsify(model, threshold, layers=layers, empty_rows=profile.empty_rows)
+        sparsify(model, threshold, layers=layers, empty_rows=profile.empty_rows, normaliser=profile.normaliser)
     return model
 
 

@@ -60,7 +60,8 @@ class Loss:
 
 def distinct_thresholds(model: nn.Module) -> list[Threshold]:
     """Every threshold object of the model once, also where layers share it; none for a dense model."""
-    return list({id(m.threshold): m.threshold for m in sparse_modules(model).values()}.values())
+    thresholds = (module.threshold for module in sparse_modules(model).values())
+    return list({id(threshold): threshold for threshold in thresholds if threshold is not None}.values())
 
 
 def set_tau_share(thresholds: list[Threshold], share: float) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from research import DESIGNS
-from research.check import check_design
+from research.check import check_experiment
+from research.plans import EXPERIMENTS
 from svit_utils import sparsify
 from svit_utils.data import PlantedShapes
 from svit_utils.files import read_rows
@@ -29,7 +29,7 @@ def test_the_readme_shows_what_the_results_hold() -> None:
 
 
 def test_every_recorded_row_says_where_it_comes_from() -> None:
-    rows = [row for name in DESIGNS for row in read_rows(results_dir() / f"{name}.csv")]
+    rows = [row for name in EXPERIMENTS for row in read_rows(results_dir() / f"{name}.csv")]
     assert len(rows) > 10
     for row in rows:
         assert all(row[key] != "" for key in PROVENANCE), row["name"]
@@ -62,11 +62,11 @@ def test_the_dense_start_is_right_on_unseen_pictures() -> None:
 
 
 def test_a_result_still_comes_out_of_this_code_and_the_check_can_fail(tmp_path: Path) -> None:
-    design = DESIGNS["planted_start"]
-    assert check_design(design).passed is True
+    experiment = EXPERIMENTS["planted_start"]
+    assert check_experiment(experiment).passed is True
     text = (results_dir() / "planted_start.csv").read_text(encoding="utf-8")
     small = next(row for row in read_rows(results_dir() / "planted_start.csv") if row["size"] == "small")
     wrong = text.replace(small["test_loss"], str(float(small["test_loss"]) + 1.0))
     (tmp_path / "planted_start.csv").write_text(wrong, encoding="utf-8")
-    assert check_design(design, folder=tmp_path).passed is False
-    assert check_design(design, folder=tmp_path / "none").passed is None
+    assert check_experiment(experiment, folder=tmp_path).passed is False
+    assert check_experiment(experiment, folder=tmp_path / "none").passed is None

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from research.markdown import difference
 from research.study import tables
-from research.summary import difference
 from svit_utils.referee import paired_bootstrap
 from tests.notebooks.notebook_functions import extract_function
 
@@ -44,7 +44,7 @@ def test_the_rule_on_known_cases() -> None:
 def table() -> pd.DataFrame:
     """Comparisons of three maps with every kind of answer."""
     rows = []
-    for family, metrics in (("localisation", tables.LOCALISATION), ("faithfulness", tables.FAITHFULNESS)):
+    for family, metrics in (("localisation", tables.LOCALISATION_SCORES), ("faithfulness", tables.FAITHFULNESS_SCORES)):
         for index, (kind, name) in enumerate(itertools.product(("sparse", "warmup"), ("attention", "rollout"))):
             for count, metric in enumerate(metrics):
                 for second in ("dense", "dense displayed"):

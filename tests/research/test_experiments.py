@@ -1,8 +1,10 @@
-"""Recorded experiments: what a design writes, what it skips, and what a check of it finds."""
+"""Recorded experiments: what they write and skip, what a check finds, and that the plan is what was recorded."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,23 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from research import DESIGNS, Arm, Design, get_design, run_design
 from research import check as check_module
-from research import run as run_module
+from research import training as training_module
+from research.__main__ import main
+from research.plans import EXPERIMENTS, PLANTED, Experiment, Run, changed, get_experiment, planned_rows
+from research.training import run_experiment, stages
 from svit_utils.files import read_rows
-from svit_utils.records import pack, unpack
+from svit_utils.paths import results_dir
+from svit_utils.records import pack, planned_runs, unpack
 
-MICRO = Arm("", start="scratch", steps=2, batch_size=2, warmup=1, precision="fp32", val_images=4, test_images=9)
-DESIGN = Design(
+MICRO = changed(PLANTED, start="scratch", steps=2, batch_size=2, warmup_steps=1, val_images=4, test_images=9)
+EXPERIMENT = Experiment(
     "micro",
     "For this test",
     (
-        replace(MICRO, name="dense", save_as="micro_dense", curriculum=(1,)),
-        replace(MICRO, name="sparse", threshold=0.0052, tau_warmup=0.5),
-        replace(MICRO, name="other-seed", seed=1),
+        Run("dense", "dense", MICRO, save_as="micro_dense", curriculum=(1,)),
+        Run("sparse", "warmup", changed(MICRO, threshold=0.0052, tau_warmup_steps=1)),
+        Run("other-seed", "dense", changed(MICRO, seed=1)),
     ),
     accuracy_band=0.0,
     loss_band=1e-4,
@@ -34,33 +39,33 @@ DESIGN = Design(
 @pytest.fixture
 def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Everything an experiment writes goes here."""
-    monkeypatch.setattr(run_module, "repo_root", lambda: tmp_path)
-    monkeypatch.setattr(run_module, "checkpoints_dir", lambda: tmp_path / "checkpoints")
-    monkeypatch.setattr(run_module, "results_dir", lambda: tmp_path / "results")
+    monkeypatch.setattr(training_module, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(training_module, "checkpoints_dir", lambda: tmp_path / "checkpoints")
+    monkeypatch.setattr(training_module, "results_dir", lambda: tmp_path / "results")
     return tmp_path
 
 
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    original = run_module.run_arm
+    original = training_module.train_run
 
-    def counted(design: Design, arm: Arm, **options: Any) -> Any:
-        calls.append(f"{arm.name}/{options['size']}")
-        return original(design, arm, **options)
+    def counted(experiment: Experiment, run: Run, **options: Any) -> Any:
+        calls.append(f"{run.name}/{options['size']}")
+        return original(experiment, run, **options)
 
-    monkeypatch.setattr(run_module, "run_arm", counted)
+    monkeypatch.setattr(training_module, "train_run", counted)
     return calls
 
 
-def test_a_design_leaves_rows_bits_and_the_checkpoint(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_leaves_rows_bits_and_the_checkpoint(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_runs(monkeypatch)
-    path = run_design(DESIGN, only=["sparse"])  # a later arm first
+    path = run_experiment(EXPERIMENT, only=["sparse"])  # a later run first
     assert path == repo / "results" / "micro.csv" and calls == ["sparse/full"]
-    run_design(DESIGN)
+    run_experiment(EXPERIMENT)
     assert calls == ["sparse/full", "dense/full", "dense/small", "other-seed/full"], "what is recorded is not run again"
-    run_design(DESIGN)
+    run_experiment(EXPERIMENT)
     assert len(calls) == 4
-    run_design(DESIGN, only=["sparse"], anew=True)
+    run_experiment(EXPERIMENT, only=["sparse"], repeat=True)
     assert calls[4:] == ["sparse/full"], "unless it is asked for"
 
     rows = read_rows(path)
@@ -85,28 +90,28 @@ def test_a_design_leaves_rows_bits_and_the_checkpoint(repo: Path, monkeypatch: p
     assert [p.name for p in (repo / "checkpoints").iterdir()] == ["micro_dense.safetensors"], "none of the small row"
 
 
-def test_a_row_that_the_design_no_longer_has_is_kept(repo: Path) -> None:
-    path = run_design(DESIGN, only=["sparse"])
-    renamed = replace(DESIGN, arms=(replace(DESIGN.arms[1], name="renamed"),))
-    run_design(renamed)
+def test_a_row_of_a_run_that_is_no_longer_planned_is_kept(repo: Path) -> None:
+    path = run_experiment(EXPERIMENT, only=["sparse"])
+    renamed = replace(EXPERIMENT, runs=(replace(EXPERIMENT.runs[1], name="renamed"),))
+    run_experiment(renamed)
     assert [row["name"] for row in read_rows(path)] == ["renamed", "renamed", "sparse"]
 
 
 def test_unknown_names_are_refused(repo: Path) -> None:
-    with pytest.raises(ValueError, match="micro has no arm absent; it has dense, sparse, other-seed"):
-        run_design(DESIGN, only=["absent"])
+    with pytest.raises(ValueError, match="micro has no run absent; it has dense, sparse, other-seed"):
+        run_experiment(EXPERIMENT, only=["absent"])
     with pytest.raises(ValueError, match="unknown experiment 'absent'; known are planted_start"):
-        get_design("absent")
+        get_experiment("absent")
 
 
 def test_a_check_reruns_the_small_row_and_sees_a_change(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = repo / "results"
-    assert check_module.check_design(DESIGN, folder=folder).passed is None
-    path = run_design(DESIGN, only=["dense"])
-    assert check_module.check_design(DESIGN, folder=folder).passed is True
+    assert check_module.check_experiment(EXPERIMENT, folder=folder).passed is None
+    path = run_experiment(EXPERIMENT, only=["dense"])
+    assert check_module.check_experiment(EXPERIMENT, folder=folder).passed is True
     small = read_rows(path)[1]
     path.write_text(path.read_text().replace(small["test_loss"], str(float(small["test_loss"]) + 0.01)))
-    found = check_module.check_design(DESIGN, folder=folder)
+    found = check_module.check_experiment(EXPERIMENT, folder=folder)
     assert found.passed is False and "test_loss" in found.message
 
 
@@ -118,16 +123,99 @@ def test_bits_survive_packing() -> None:
         np.testing.assert_array_equal(unpack(pack(correct), n), correct)
 
 
-@pytest.mark.parametrize("design", DESIGNS.values(), ids=lambda design: design.name)
-def test_designs_are_sound(design: Design) -> None:
-    names = [arm.name for arm in design.arms]
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
+def test_experiments_are_sound(experiment: Experiment) -> None:
+    names = [run.name for run in experiment.runs]
     assert len(set(names)) == len(names)
-    for arm in design.arms:
-        small = arm.small()
-        assert small.steps <= 4 and small.test_images <= 100 and small.save_as is None and not small.compile
+    for run in experiment.runs:
+        small = run.small()
+        full, columns = run.columns(), small.columns()
+        assert columns["steps"] <= 4 and columns["test_images"] <= 100
+        assert columns["save_as"] is None and not columns["compile"]
         same = ("name", "data", "model", "start", "threshold", "tau_warmup", "empty_rows", "lr", "seed")
-        assert all(getattr(small, key) == getattr(arm, key) for key in same), "only the size differs"
-        for size in (arm, small):
-            for steps in (*size.curriculum, size.steps):
-                run_module._config(size, steps)  # the recipe is accepted
-        json.dumps(arm.__dict__)
+        assert all(columns[key] == full[key] for key in same), "only the size differs"
+        for size in (run, small):
+            parts = stages(size, None)  # type: ignore[arg-type]
+            assert [config.steps for config, _ in parts] == [*size.curriculum, size.profile.config.steps]
+        json.dumps(full)
+
+
+def test_a_kind_goes_with_its_warm_up_and_normaliser() -> None:
+    with pytest.raises(ValueError, match=r"kind must be one of dense, sparse, warmup, hard_cut, .*, got 'relu'"):
+        Run("a", "relu", MICRO)
+    for kind in ("dense", "sparse", "hard_cut"):
+        with pytest.raises(ValueError, match="a: tau_warmup_steps goes with the kind 'warmup', and with no other"):
+            Run("a", kind, changed(MICRO, tau_warmup_steps=1))
+    with pytest.raises(ValueError, match="tau_warmup_steps goes with"):
+        Run("a", "warmup", MICRO)
+    for kind, normaliser in (("top_k", "entmax15"), ("sparse", "topk"), ("hard_cut", "thresholded")):
+        with pytest.raises(ValueError, match=f"a: the kind '{kind}' has another normaliser than the profile"):
+            Run("a", kind, changed(MICRO, normaliser=normaliser))
+
+
+def as_text(columns: dict[str, Any]) -> dict[str, str]:
+    return {name: "" if value is None else str(value) for name, value in columns.items()}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
+def test_what_is_planned_is_what_was_recorded(experiment: Experiment) -> None:
+    runs = {run.name: run for run in experiment.runs}
+    rows = read_rows(results_dir() / f"{experiment.name}.csv")
+    assert {row["name"] for row in rows if row["size"] == "full"} == set(runs)
+    for row in rows:
+        run = runs[row["name"]] if row["size"] == "full" else runs[row["name"]].small()
+        planned = as_text(run.columns())
+        recorded = {name: value for name, value in row.items() if name in planned}
+        # The older files were written before there were controls and backgrounds that go with the class.
+        assert set(planned) - set(recorded) <= {"alternative", "rho"}
+        assert list(recorded) == [name for name in planned if name in recorded], "the same columns, in the same order"
+        assert recorded == {name: planned[name] for name in recorded}
+
+
+def test_the_table_of_what_is_planned_is_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--out", str(tmp_path)]) == 0
+    written = tmp_path / "planned.csv"
+    assert capsys.readouterr().out == f"{written}\n"
+    assert (results_dir() / "planned.csv").read_bytes() == written.read_bytes(), "run `python -m research plan`"
+    assert [row for name in EXPERIMENTS for row in planned_runs(name)] == [as_text(row) for row in planned_rows()]
+    assert [run["name"] for run in planned_runs("planted_start")] == ["start", "start-continued"]
+    with pytest.raises(ValueError, match="unknown experiment 'absent'; planned are: planted_start, "):
+        planned_runs("absent")
+    with pytest.raises(ValueError, match="planned are: none"):
+        planned_runs("study", tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("experiment absent", "unknown experiment 'absent'; known are planted_start, "),
+        ("experiment planted_pairs --runs absent", "planted_pairs has no run absent; it has dense-seed0, "),
+        ("experiment --runs dense", "--runs needs the name of an experiment"),
+        ("experiment planted_pairs --threads 0", "--threads must be at least 1, got 0"),
+        ("study --profile absent", "unknown study 'absent': allowed are 'full', 'deit', 'smoke'"),
+        ("study --parts absent", "unknown part absent: allowed are train, localisation, "),
+        ("study --runs absent", "unknown run absent: allowed are dense-rho0-seed0, "),
+        ("study --jobs 0", "jobs must be at least 1, got 0"),
+        ("study --out somewhere", "--out goes with --tables only"),
+    ],
+)
+def test_bad_options_end_with_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {message}") and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_the_commands_are_listed_without_importing_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{experiment.name}: {experiment.title}\n" in listed for experiment in EXPERIMENTS.values())
+    for bad in ([], ["absent"]):
+        with pytest.raises(SystemExit) as caught:
+            main(bad)
+        assert caught.value.code == 2
+    quick = """import sys; from research.__main__ import main
+try: main(["--help"])
+finally: assert "torch" not in sys.modules
+"""
+    found = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, check=False)
+    assert found.returncode == 0 and all(name in found.stdout for name in ("experiment", "study", "plan"))

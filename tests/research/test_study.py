@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from research.study import get_study, run_study
+from research.plans import CONTROLS, MAIN_KINDS, Run, changed
 from research.study import run as run_module
-from research.study.parts import PARTS, Scores
-from research.study.profiles import StudyProfile
-from research.study.run import arm_kind, belongs, read_images, write_images
-from research.study.tables import LOCALISATION, contrast_table, contrasts, write_tables
+from research.study.run import belongs, run_study, sparse_partner
+from research.study.scores import PARTS, Scores
+from research.study.store import images_path, read_images, record_cell, write_images
+from research.study.studies import Study, get_study
+from research.study.tables import LOCALISATION_SCORES, contrast_table, contrasts, write_tables
 from svit_utils.files import read_rows
 from svit_utils.paths import results_dir
 from svit_utils.records import verdict
@@ -25,21 +26,44 @@ STUDY = results_dir() / "study"
 
 
 def test_the_design_is_the_plans() -> None:
-    kinds = [(arm_kind(arm), arm.rho, arm.seed) for arm in FULL.design.arms]
+    planned = FULL.experiment.runs
+    kinds = [(run.kind, run.profile.rho, run.profile.config.seed) for run in planned]
     assert len(kinds) == len(set(kinds)) == 54
     main = {(kind, rho, seed) for kind in ("dense", "sparse", "warmup") for rho in (0.0, 0.9) for seed in range(5)}
     rest = {(k, rho, s) for k in ("hard_cut", "top_k", "entmax15", "sparsemax") for rho in (0.0, 0.9) for s in range(3)}
     assert set(kinds) == main | rest
-    recipes = {(a.steps, a.batch_size, a.lr, a.schedule, a.start, a.precision, a.empty_rows) for a in FULL.design.arms}
+    names = ("steps", "batch_size", "lr", "schedule", "start", "precision", "empty_rows")
+    recipes = {tuple(run.columns()[name] for name in names) for run in planned}
     assert recipes == {(150, 64, 5e-4, "cosine", "planted_dense_start", "bf16", "dense")}
+    for run in planned:
+        warmed = {"warmup": (0.01, 0.5), "sparse": (0.01, 0.0)}.get(run.kind, (None, 0.0))
+        assert (run.columns()["threshold"], run.columns()["tau_warmup"]) == warmed
+        assert run.columns()["alternative"] == (run.kind if run.kind in CONTROLS else None)
     by_family: dict[str, int] = {}
     for contrast in contrasts():
         if contrast.judged:
             by_family[contrast.family] = by_family.get(contrast.family, 0) + 1
     assert by_family == {"localisation": 40, "faithfulness": 46, "accuracy": 2, "background": 12, "alternatives": 52}
-    assert sum(belongs("faithfulness", arm) for arm in FULL.design.arms) == 15
+    assert sum(belongs("faithfulness", run) for run in FULL.experiment.runs) == 15
     with pytest.raises(ValueError, match="unknown study 'large'"):
         get_study("large")
+
+
+def test_a_dense_models_partner_is_found_by_data_and_seed() -> None:
+    runs = {run.name: run for run in FULL.experiment.runs}
+    for run in runs.values():
+        partner = sparse_partner(run, runs.values())
+        profile = run.profile
+        expected = f"sparse-rho{profile.rho:g}-seed{profile.config.seed}" if run.kind == "dense" else None
+        assert (None if partner is None else partner.name) == expected
+    assert sparse_partner(runs["dense-rho0-seed0"], [runs["warmup-rho0-seed0"], runs["sparse-rho0-seed1"]]) is None
+    deit = get_study("deit").experiment.runs
+    assert [run.kind for run in deit] == list(MAIN_KINDS)
+    assert [run.name for run in deit] == [
+        "dense-lr3e-04-seed0",
+        "sparse0.01-lr3e-04-seed0",
+        "sparse0.01-warmup-lr3e-04-seed0",
+    ]
 
 
 def test_images_come_back_and_the_bytes_do_not_depend_on_the_hour(tmp_path: Path) -> None:
@@ -52,47 +76,47 @@ def test_images_come_back_and_the_bytes_do_not_depend_on_the_hour(tmp_path: Path
     np.testing.assert_array_equal(back["b:y"], images["b:y"])
 
 
-def small_study(tmp_path: Path) -> StudyProfile:
+def small_study(tmp_path: Path) -> Study:
     smoke = get_study("smoke")
-    arms = tuple(arm for arm in smoke.design.arms if arm.rho == 0 and arm_kind(arm) in ("dense", "sparse", "warmup"))
-    return replace(smoke, design=replace(smoke.design, arms=arms), out=tmp_path / "study")
+    runs = tuple(run for run in smoke.experiment.runs if run.profile.rho == 0 and run.kind in MAIN_KINDS)
+    return replace(smoke, experiment=replace(smoke.experiment, runs=runs), out=tmp_path / "study")
 
 
-def record(profile: StudyProfile, shift: dict[str, float]) -> None:
+def record(study: Study, shift: dict[str, float]) -> None:
     """Scores per image as a study would leave them: each kind's value, a little noise, the same for all maps."""
-    for arm in profile.design.arms:
-        rng = np.random.default_rng(arm.seed)
+    for run in study.experiment.runs:
+        rng = np.random.default_rng(run.profile.config.seed)
         images = {
-            f"{name}:{metric}": shift[arm_kind(arm)] + 0.01 * rng.standard_normal(40)
+            f"{name}:{metric}": shift[run.kind] + 0.01 * rng.standard_normal(40)
             for name in ("attention", "rollout", "grad_cam", "attention_displayed", "rollout_displayed")
-            for metric in LOCALISATION
+            for metric in LOCALISATION_SCORES
         }
-        write_images(profile.out / "images" / f"{arm.name}-localisation.csv.gz", images)
+        write_images(images_path(study, run.name, "localisation"), images)
 
 
-def test_a_planted_difference_is_found_with_its_sign_and_equal_arms_are_open(tmp_path: Path) -> None:
+def with_seed(run: Run, seed: int) -> Run:
+    return replace(run, name=run.name.replace("seed0", f"seed{seed}"), profile=changed(run.profile, seed=seed))
+
+
+def test_a_planted_difference_is_found_with_its_sign_and_equal_kinds_are_open(tmp_path: Path) -> None:
     smoke = small_study(tmp_path)
-    arms = tuple(
-        replace(arm, name=arm.name.replace("seed0", f"seed{seed}"), seed=seed)
-        for arm in smoke.design.arms
-        if arm.seed == 0
-        for seed in range(5)
-    )
-    profile = replace(smoke, design=replace(smoke.design, arms=arms), resamples=10_000)
-    record(profile, {"dense": 0.5, "sparse": 0.6, "warmup": 0.4})
-    table = contrast_table(profile)
+    first = [run for run in smoke.experiment.runs if run.profile.config.seed == 0]
+    runs = tuple(with_seed(run, seed) for run in first for seed in range(5))
+    study = replace(smoke, experiment=replace(smoke.experiment, runs=runs), resamples=10_000)
+    record(study, {"dense": 0.5, "sparse": 0.6, "warmup": 0.4})
+    table = contrast_table(study)
     judged = table[table["family"] == "localisation"]
     assert len(judged) == 40 and (judged["seeds"] == 5).all() and (judged["images"] == 40).all()
     assert set(judged[judged["first"] == "sparse"]["result"]) == {"higher"}
     assert set(judged[judged["first"] == "warmup"]["result"]) == {"lower"}
     assert ((judged["low"] <= judged["mean"]) & (judged["mean"] <= judged["high"])).all()
     assert (judged["p_holm"] >= judged["p"]).all()
-    # The noise is the same in each arm, map by map: against its own map only the planted difference is left.
+    # The noise is the same for each kind, map by map: against its own map only the planted difference is left.
     own = judged[(judged["first"] == "sparse") & (judged["second"] == "dense")]
     assert len(own) == 12
     np.testing.assert_allclose(own["mean"], 0.1, atol=1e-4)  # four digits are stored
-    record(profile, {"dense": 0.5, "sparse": 0.5, "warmup": 0.5})
-    assert set(contrast_table(profile)["result"].replace("", "open")) == {"open"}
+    record(study, {"dense": 0.5, "sparse": 0.5, "warmup": 0.5})
+    assert set(contrast_table(study)["result"].replace("", "open")) == {"open"}
 
 
 def test_the_rule_of_the_plan() -> None:
@@ -105,11 +129,11 @@ def test_the_rule_of_the_plan() -> None:
 
 
 def test_a_study_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = small_study(tmp_path)
+    small = small_study(tmp_path)
     asked: list[tuple[str, ...]] = []
     stop_after = 3
 
-    def each(work: Any, tasks: list[tuple[str, ...]], jobs: int, what: str, study: StudyProfile | None = None) -> None:
+    def each(work: Any, tasks: list[tuple[str, ...]], jobs: int, what: str, study: Study | None = None) -> None:
         del work, jobs, what
         for count, task in enumerate(tasks):
             if study is None:
@@ -120,27 +144,45 @@ def test_a_study_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
             scores = Scores()
             scores.add("anything", count, map="attention")
             cell = {"cell": "/".join(task[1:]), "kind": "dense", "rho": 0.0, "seed": count, "part": task[1]}
-            run_module._record(study, {**cell, "empty_rows": "dense", "commit": "abc"}, scores)
+            record_cell(study, {**cell, "empty_rows": "dense", "commit": "abc"}, scores)
 
-    monkeypatch.setattr(run_module, "_each", each)
+    monkeypatch.setattr(run_module, "in_processes", each)
     with pytest.raises(KeyboardInterrupt):
-        run_study(profile)
-    assert [row["cell"] for row in read_rows(profile.out / "cells.csv")] == ["/".join(task) for task in asked]
+        run_study(small)
+    assert [row["cell"] for row in read_rows(small.out / "cells.csv")] == ["/".join(task) for task in asked]
     first = list(asked)
     stop_after = 10_000
-    run_study(profile)
+    run_study(small)
     assert len(asked) == len(set(asked)), "no cell twice"
     assert asked[:3] == first
-    expected = {(part, arm.name) for arm in profile.design.arms for part in PARTS if belongs(part, arm)}
+    expected = {(part, run.name) for run in small.experiment.runs for part in PARTS if belongs(part, run)}
     assert set(asked) == expected | {("localisation", "baselines")}
-    (profile.out / "cells.csv").unlink()
+    (small.out / "cells.csv").unlink()
     asked.clear()
-    run_study(profile, parts=["background"], arms=["dense-rho0-seed0"])
+    run_study(small, parts=["background"], runs=["dense-rho0-seed0"])
     assert asked == [("background", "dense-rho0-seed0")]
     with pytest.raises(ValueError, match="unknown part speed"):
-        run_study(profile, parts=["speed"])
-    with pytest.raises(ValueError, match="unknown arm dense: allowed are dense-rho0-seed0"):
-        run_study(profile, arms=["dense"])
+        run_study(small, parts=["speed"])
+    with pytest.raises(ValueError, match="unknown run dense: allowed are dense-rho0-seed0"):
+        run_study(small, runs=["dense"])
+
+
+def test_a_cell_that_is_scored_again_replaces_its_rows(tmp_path: Path) -> None:
+    small = small_study(tmp_path)
+    cell = {"cell": "sanity/a", "kind": "dense", "rho": 0.0, "seed": 0, "part": "sanity", "empty_rows": "dense"}
+    for values in ((1.0, 2.0), (3.0,)):
+        scores = Scores()
+        for layer, value in enumerate(values):
+            scores.add("rank_correlation", value, layer=layer)
+        scores.add_images("attention", "energy", np.array(values))
+        record_cell(small, {**cell, "date": str(values)}, scores)
+        record_cell(small, {**cell, "cell": "sanity/b", "seed": 1, "date": ""}, scores)
+    rows = read_rows(small.out / "scores.csv")
+    found = [(row["seed"], row["metric"], row["value"]) for row in rows]
+    assert found == [(seed, metric, "3") for seed in ("0", "1") for metric in ("rank_correlation", "energy")]
+    cells = read_rows(small.out / "cells.csv")
+    assert [(row["cell"], row["date"]) for row in cells] == [("sanity/a", "(3.0,)"), ("sanity/b", "")]
+    assert read_images(images_path(small, "a", "sanity"))["attention:energy"].tolist() == [3.0]
 
 
 @pytest.mark.skipif(not (STUDY / "cells.csv").is_file(), reason="the study is not recorded here")
@@ -170,4 +212,4 @@ def test_every_cell_says_where_it_comes_from() -> None:
     with open(STUDY / "scores.csv", newline="", encoding="utf-8") as file:
         scores = list(csv.DictReader(file))
     assert {row["part"] for row in scores} == set(PARTS)
-    assert all(np.isfinite(float(row["value"])) for row in scores if row["metric"] in LOCALISATION)
+    assert all(np.isfinite(float(row["value"])) for row in scores if row["metric"] in LOCALISATION_SCORES)

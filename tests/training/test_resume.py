@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas  # noqa: F401 - a run of a sparse model begins with the tracker's table: the children must not load it each
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""The parts of the study: what is measured of one trained arm. Each takes a `Trained` and gives `Scores`."""
+"""The parts of the study: what is measured of one trained model. Each takes a `Trained` and gives `Scores`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from research.study.maps import CHUNK, MODEL_MAPS, attention_views, baseline_maps, model_maps
-from research.study.profiles import StudyProfile
+from research.study.studies import Study
 from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsified
 from svit_utils.data import PlantedShapes
 from svit_utils.explain import attention_rollout, class_attention, grad_cam, layer_grad_cam, token_grid, upsample
@@ -33,13 +33,11 @@ from svit_utils.referee import (
 )
 
 TAU = 0.01
-# Score of a map -> what it must not be confused with: sparseness is written down, and never compared.
-FAITHFULNESS = ("deletion", "insertion", "road", "infidelity", "sparseness")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained arm: its model, its kind, its test pictures, and for a dense arm the ``sparse`` model of its seed."""
+    """A trained run: its kind, model and test pictures, and for a dense one the ``sparse`` model with the same seed."""
 
     kind: str
     model: nn.Module
@@ -48,7 +46,7 @@ class Trained:
 
     @property
     def display_tau(self) -> float | None:
-        """Dense attention is also displayed through the threshold."""
+        """The tau that dense attention is also displayed through; None for the other kinds."""
         return TAU if self.kind == "dense" else None
 
 
@@ -60,7 +58,7 @@ class Scores:
     images: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, metric: str, value: float, *, map: str = "", layer: Any = "", head: Any = "") -> None:
-        """A number of the arm as a whole."""
+        """A number of the whole model, or of one map, layer or head."""
         self.summary.append({"map": map, "layer": layer, "head": head, "metric": metric, "value": float(value)})
 
     def add_images(self, map: str, metric: str, values: Tensor | np.ndarray) -> None:
@@ -78,19 +76,19 @@ class Scores:
                 self.add(f"{label}:{value}", row[value], **place)
 
 
-def localisation(arm: Trained, profile: StudyProfile) -> Scores:
+def localisation(trained: Trained, study: Study) -> Scores:
     """Do the maps lie on the object? Four scores per image for each map, means for every layer and head."""
     scores = Scores()
-    images, _, masks = PlantedShapes("test").batch(profile.localisation)[:3]
+    images, _, masks = PlantedShapes("test").batch(study.localisation)[:3]
     size = (masks.shape[-2], masks.shape[-1])
     found: dict[tuple[str, str], list[Tensor]] = {}
     heads: dict[tuple[int, int, str], list[Tensor]] = {}
     worst = 0.0
     for x, mask in zip(images.split(CHUNK), masks.split(CHUNK)):
-        views, rows = attention_views(arm.model, x, arm.display_tau, arm.partner)
-        views["grad_cam"] = grad_cam(arm.model, x)
+        views, rows = attention_views(trained.model, x, trained.display_tau, trained.partner)
+        views["grad_cam"] = grad_cam(trained.model, x)
         if not found:  # the two libraries give one map; that they do is measured, and one of them is enough
-            signed, captum = (recipe(arm.model, x, relu=False) for recipe in (grad_cam, layer_grad_cam))
+            signed, captum = (recipe(trained.model, x, relu=False) for recipe in (grad_cam, layer_grad_cam))
             worst = float((signed - captum).abs().max() / signed.abs().max())
         for name, maps in views.items():
             for metric, values in localisation_scores(upsample(maps, size), mask).items():
@@ -107,19 +105,19 @@ def localisation(arm: Trained, profile: StudyProfile) -> Scores:
     return scores
 
 
-def faithfulness(arm: Trained, profile: StudyProfile) -> Scores:
-    """What disturbing the image says of each map; the baselines too, on this arm's model."""
+def faithfulness(trained: Trained, study: Study) -> Scores:
+    """What disturbing the image says of each map, the baselines' included."""
     scores = Scores()
-    x = torch.stack([arm.test[index][0] for index in range(profile.faithfulness)])
-    maps = model_maps(arm.model, x, arm.display_tau)
-    maps |= baseline_maps(x, token_grid(arm.model, x).size)
+    x = torch.stack([trained.test[index][0] for index in range(study.faithfulness)])
+    maps = model_maps(trained.model, x, trained.display_tau)
+    maps |= baseline_maps(x, token_grid(trained.model, x).size)
     with torch.no_grad():
-        targets = arm.model(x).argmax(dim=-1)
+        targets = trained.model(x).argmax(dim=-1)
     for name, values in maps.items():
-        for metric, result in faithfulness_scores(arm.model, x, values, targets).items():
+        for metric, result in faithfulness_scores(trained.model, x, values, targets).items():
             scores.add_images(name, metric, result)
     for name, explain in recipes(targets=None).items():
-        scores.add_images(name, "max_sensitivity", max_sensitivity(arm.model, x, explain, targets))
+        scores.add_images(name, "max_sensitivity", max_sensitivity(trained.model, x, explain, targets))
     return scores
 
 
@@ -138,18 +136,18 @@ def recipes(targets: Tensor | None) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
-def background(arm: Trained, profile: StudyProfile) -> Scores:
-    """Accuracy as the ground changes, and the share of each map on the ground and on distractors."""
+def background(trained: Trained, study: Study) -> Scores:
+    """Accuracy as the background changes, and the share of each map on the background and on distractors."""
     scores = Scores()
-    for variant, correct in background_accuracy(arm.model, images=profile.background).items():
+    for variant, correct in background_accuracy(trained.model, images=study.background).items():
         scores.add_images(variant, "accuracy", correct)
-    swapped = PlantedShapes("test", swap_background=True).batch(profile.mass)
-    plain = PlantedShapes("test").batch(profile.mass)
-    busy = PlantedShapes("test", distractors=4).batch(profile.mass)
+    swapped = PlantedShapes("test", swap_background=True).batch(study.mass)
+    plain = PlantedShapes("test").batch(study.mass)
+    busy = PlantedShapes("test", distractors=4).batch(study.mass)
     size = (plain.masks.shape[-2], plain.masks.shape[-1])
-    for name, maps in model_maps(arm.model, swapped.images, arm.display_tau).items():
+    for name, maps in model_maps(trained.model, swapped.images, trained.display_tau).items():
         scores.add_images(name, "background_swapped", background_mass(upsample(maps, size), swapped.masks))
-    for name, maps in model_maps(arm.model, busy.images, arm.display_tau).items():
+    for name, maps in model_maps(trained.model, busy.images, trained.display_tau).items():
         on = distractor_mass(upsample(maps, size), busy.images, plain.images, busy.masks)
         scores.add_images(name, "on_distractors", on)
     scores.add_images("uniform", "on_distractors", distractor_share(busy.images, plain.images, busy.masks))
@@ -157,25 +155,25 @@ def background(arm: Trained, profile: StudyProfile) -> Scores:
     return scores
 
 
-def sparsity(arm: Trained, profile: StudyProfile) -> Scores:
-    """Sparsity against its nulls, and what a zero means. A dense arm is looked at as if it were cut."""
+def sparsity(trained: Trained, study: Study) -> Scores:
+    """Sparsity against its nulls, and what a zero means. A dense model is looked at as if it were cut at tau."""
     scores = Scores()
-    x = PlantedShapes("test").batch(profile.sparsity).images
-    sparse = bool(sparse_modules(arm.model))
-    if arm.kind in ("dense", "sparse", "warmup", "hard_cut"):  # the others are not cut at tau
-        table = sparsity_against_nulls(arm.model, x, TAU)
+    x = PlantedShapes("test").batch(study.sparsity).images
+    sparse = bool(sparse_modules(trained.model))
+    if trained.kind in ("dense", "sparse", "warmup", "hard_cut"):  # the others are not cut at tau
+        table = sparsity_against_nulls(trained.model, x, TAU)
         values = ("cut_sparsity", "kept_mass", "effective_support", "empty_rate", "floor")
         scores.add_table(table, ("queries", "source"), values, "null")
     if sparse:
-        certificate = value_path_certificate(arm.model, x)
+        certificate = value_path_certificate(trained.model, x)
         scores.add_table(certificate, (), ("rows_checked", "zeros_checked", "identical"), "value_path")
-        scores.add_table(reachability_table(arm.model, x), ("depth", "residual"), ("reachable_share",), "reach")
-        tracked(scores, arm.model, x)
+        scores.add_table(reachability_table(trained.model, x), ("depth", "residual"), ("reachable_share",), "reach")
+        tracked(scores, trained.model, x)
     else:
-        with sparsified(arm.model, TAU):
-            tracked(scores, arm.model, x)
-    if arm.kind in ("sparse", "warmup"):
-        effect = normaliser_effect(arm.model, x)
+        with sparsified(trained.model, TAU):
+            tracked(scores, trained.model, x)
+    if trained.kind in ("sparse", "warmup"):
+        effect = normaliser_effect(trained.model, x)
         scores.add_table(effect, ("removed",), ("weight_change", "output_change", "rows"), "removal")
     return scores
 
@@ -190,20 +188,20 @@ def tracked(scores: Scores, model: nn.Module, x: Tensor) -> None:
         scores.add(f"tracker:{name}", getattr(summary, name))
 
 
-def sanity(arm: Trained, profile: StudyProfile) -> Scores:
+def sanity(trained: Trained, study: Study) -> Scores:
     """Weights shuffled from the head downwards, block by block: does the map change?"""
     scores = Scores()
-    x = PlantedShapes("test").batch(profile.sanity).images
+    x = PlantedShapes("test").batch(study.sanity).images
     with torch.no_grad():
-        targets = arm.model(x).argmax(dim=-1)
+        targets = trained.model(x).argmax(dim=-1)
     for name, explain in recipes(targets).items():
-        check = weight_randomisation(arm.model, x, partial(explain, classes=None), mode="cascading")
+        check = weight_randomisation(trained.model, x, partial(explain, classes=None), mode="cascading")
         for stage, values in zip(check.stages, check.correlation, strict=True):
             scores.add("rank_correlation", values.mean().item(), map=name, layer=stage)
     return scores
 
 
-PARTS: dict[str, Callable[[Trained, StudyProfile], Scores]] = {
+PARTS: dict[str, Callable[[Trained, Study], Scores]] = {
     "localisation": localisation,
     "faithfulness": faithfulness,
     "background": background,
@@ -212,10 +210,10 @@ PARTS: dict[str, Callable[[Trained, StudyProfile], Scores]] = {
 }
 
 
-def baselines(profile: StudyProfile) -> Scores:
+def baselines(study: Study) -> Scores:
     """Localisation of the maps that have not seen a model."""
     scores = Scores()
-    images, _, masks = PlantedShapes("test").batch(profile.localisation)[:3]
+    images, _, masks = PlantedShapes("test").batch(study.localisation)[:3]
     size = (masks.shape[-2], masks.shape[-1])
     for name, maps in baseline_maps(images, (size[0] // 4, size[1] // 4)).items():
         for metric, values in localisation_scores(upsample(maps, size), masks).items():

@@ -1,0 +1,35 @@
+"""Adding rows to a recorded CSV file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from svit_utils.files import read_rows, write_rows
+
+
+def replace_rows(
+    path: Path,
+    new: Sequence[Mapping[str, Any]],
+    *,
+    key: Sequence[str],
+    order: Callable[[Mapping[str, Any]], Any],
+    columns: Iterable[str],
+) -> None:
+    """Write ``new`` rows into a CSV file, in place of those that agree with one of them in the columns ``key``.
+
+    Args:
+        path: the file; made if it is missing.
+        new: the rows.
+        key: what names a row.
+        order: sorts all rows.
+        columns: the file's, in order; those that only older rows have are kept, after them.
+    """
+
+    def name(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[column]) for column in key)
+
+    replaced = {name(row) for row in new}
+    rows = sorted([*(row for row in read_rows(path) if name(row) not in replaced), *new], key=order)
+    write_rows(path, dict.fromkeys([*columns, *(column for row in rows for column in row)]), rows)
