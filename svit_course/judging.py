@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from svit_course.question import Seen, Wrong
 
+# What a known mistake would give, and the sentence that names it.
 Mistake = tuple[Any, str]
 
 
 def array(seen: Seen, key: str, what: str) -> np.ndarray:
-    """The array under ``key``.
+    """The array under ``key``; ``what`` is the name that the student knows it by.
 
     Raises:
-        Wrong: there is none; the message says what came instead, ``what`` being the name the student knows it by.
+        Wrong: there is no array; the message says what came instead.
     """
     value = seen.get(key)
     if isinstance(value, np.ndarray):
@@ -39,7 +40,7 @@ def compare(
     got: np.ndarray,
     expected: Any,
     what: str,
-    mistakes: Sequence[Mistake] = (),
+    mistakes: Iterable[Mistake] = (),
     *,
     rtol: float = 1e-5,
     atol: float = 1e-6,
@@ -48,7 +49,7 @@ def compare(
 
     Args:
         what: the name of the result in the message.
-        mistakes: pairs of what a known mistake would give and the sentence for it, the likeliest first.
+        mistakes: those to look for, the likeliest first. A generator computes only as many as it takes.
 
     Raises:
         Wrong: with the sentence of the first mistake that explains ``got``; else shape, NaN, or the largest difference.
@@ -70,6 +71,15 @@ def compare(
     raise Wrong(f"{what} is {float(got[place]):.6g}{at} and should be {float(expected[place]):.6g}")
 
 
+def no_nan(got: np.ndarray, expected: Any, sentence: str) -> None:
+    """
+    Raises:
+        Wrong: with the sentence, where ``got`` has the right shape and NaN in it.
+    """
+    if got.shape == np.shape(expected) and np.isnan(got).any():
+        raise Wrong(sentence)
+
+
 def unchanged(before: Any, after: Any, what: str) -> None:
     """
     Raises:
@@ -77,3 +87,20 @@ def unchanged(before: Any, after: Any, what: str) -> None:
     """
     if not np.array_equal(np.asarray(before), np.asarray(after), equal_nan=True):
         raise Wrong(f"it changed its input {what} in place: the caller still needs it. Work on a new array")
+
+
+def untouched(seen: Seen, **inputs: Any) -> None:
+    """`unchanged` for several inputs: ``untouched(seen, q=q, k=k)`` compares ``seen["q"]`` with ``q``, and so on.
+
+    Raises:
+        Wrong: the function has written into one of them.
+    """
+    for name, before in inputs.items():
+        unchanged(before, seen[name], name)
+
+
+def not_renormalised(r: np.ndarray) -> str:
+    """The sentence for weights ``r`` [..., M] that were cut and not divided by their rows' sums."""
+    sums = r.sum(axis=-1)
+    example = float(sums[sums > 0].min()) if (sums > 0).any() else 0.0
+    return f"your rows sum to {example:.2f}: did you renormalise after the cut?"

@@ -65,7 +65,7 @@ def questions(assignment: str) -> tuple[Question, ...]:
     """
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"there is no assignment {assignment!r}; there are {', '.join(ASSIGNMENTS)}")
-    found: tuple[Question, ...] = importlib.import_module(f"svit_course.checks.assignment_{assignment}").QUESTIONS
+    found: tuple[Question, ...] = importlib.import_module(f"svit_course.checks.{assignment}").QUESTIONS
     return found
 
 

@@ -1,0 +1,71 @@
+"""f3: a tau for each layer: the sparsest choice whose errors fit the budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from svit_course.checks.f.shared import draw_tables, judge_columns, picked_columns
+from svit_course.judging import unchanged
+from svit_course.question import Case, Question, Seen, Wrong
+
+
+def probe(case: Case, choose_thresholds: Any) -> Seen:
+    error, sparsity = draw_tables(case)
+    taus, raised, chosen = list(case["taus"]), None, None
+    try:
+        chosen = choose_thresholds(error, sparsity, taus, case["budget"])
+    except ValueError as problem:
+        if "best" in case:
+            raise
+        raised = str(problem)
+    return {"chosen": chosen, "raised": raised, "error": error, "sparsity": sparsity, "taus": taus}
+
+
+def judge(case: Case, seen: Seen) -> None:
+    """A case without a ``best`` choice has none that fits."""
+    error, sparsity = draw_tables(case)
+    unchanged(error, seen["error"], "error_table")
+    unchanged(sparsity, seen["sparsity"], "sparsity_table")
+    unchanged(case["taus"], seen["taus"], "taus")
+    if "best" in case:
+        judge_columns(case, picked_columns(case, seen["chosen"], len(error)), error, sparsity)
+    elif seen["raised"] is None:
+        least = error.min(axis=1).sum()
+        raise Wrong(
+            f"the budget is exceeded: no choice holds {case['budget']:g} here, the least is {least:.4g}. Raise a "
+            "ValueError instead of returning something"
+        )
+
+
+QUESTION = Question(
+    name="f3",
+    answers=("choose_thresholds",),
+    cases=(
+        {
+            "what": "two layers by hand",
+            "taus": [0.001, 0.01, 0.1],
+            "error": [[0.02, 0.10, 0.30], [0.10, 0.25, 0.60]],
+            "sparsity": [[0.2, 0.6, 0.9], [0.3, 0.5, 0.8]],
+            "budget": 0.42,
+            "best": 1.2,
+        },
+        {
+            "what": "four layers, drawn",
+            "seed": 30,
+            "layers": 4,
+            "taus": [0.0, 0.0025, 0.005, 0.01, 0.02],
+            "budget": 0.36,
+            "best": 2.053538,
+            "fullest": 0.356657,
+        },
+    ),
+    probe=probe,
+    judge=judge,
+    hints=(
+        "Layers share one budget: what one spends, another cannot. How many choices have 4 layers and 6 taus?",
+        "6 ** 4 = 1296: try them all. itertools.product(range(len(taus)), repeat=number of layers) lists them.",
+        "For each choice add up error_table[l, j] over the layers; skip it above the budget (equal is allowed); keep "
+        "the one with the largest sum of sparsity_table[l, j]. Return taus[j], not j.",
+    ),
+    section="chapter 2, section 9, and chapter 4, section 4.7",
+)
