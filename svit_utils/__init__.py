@@ -25,20 +25,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FixedThreshold",
-    "LearnableThreshold",
-    "RelativeThreshold",
-    "SparseAttention",
-    "TokenSparsityTracker",
-    "densify",
-    "load_trained",
-    "save_trained",
-    "sparsified",
-    "sparsify",
-    "thresholded_attention",
-    "thresholded_softmax",
-]
+__all__ = ["FixedThreshold", "LearnableThreshold", "RelativeThreshold", "SparseAttention", "TokenSparsityTracker"]
+__all__ += ["densify", "load_trained", "save_trained", "sparsified", "sparsify"]
+__all__ += ["thresholded_attention", "thresholded_softmax"]
 
 
 def __getattr__(name: str) -> Any:

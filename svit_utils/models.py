@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.layers import to_2tuple
 from timm.models import filter_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -20,10 +21,13 @@ from svit_utils.attention import LearnableThreshold, sparsify
 from svit_utils.attention.surgery import describe_sparsity, restore_sparsity
 from svit_utils.files import replacing
 from svit_utils.paths import checkpoints_dir, weights_dir
-from svit_utils.weights import WeightsError, load_weights, read_state, save_weights, state_difference, write_state
+from svit_utils.weights import WeightsError, load_weights, read_state, save_weights, state_difference
+
+__all__ = ["SMALL_VIT", "WeightsError", "create_model", "load_embedded", "load_trained", "load_weights", "read_card"]
+__all__ += ["resize", "save_trained", "save_weights"]
 
 SMALL_VIT = "small_vit"
-FORMAT = 1  # of the cards that `save_trained` writes; raised when an older `load_trained` could not read them
+FORMAT = 1  # of the cards; to be raised when a card is written that the `load_trained` of today could not read
 _WEIGHTS, _CONFIG, _OURS = "model.safetensors", "config.json", "svit_utils"  # the last: our part of timm's config
 _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # as in timm's pretrained_cfg
 _FROM_MODEL = ("architecture", "model_args", "num_classes", "attention")  # in a card, but nobody has to give them
@@ -132,10 +136,11 @@ def save_trained(
             ``timm.create_model("local-dir:<folder>", pretrained=True)``.
         card: what else to keep, anything that JSON can hold. ``label_names`` (a name per class), ``input_size``,
             ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode`` replace what the model's
-            ``pretrained_cfg`` says. ``architecture``, ``model_args``, ``num_classes`` and ``attention`` are read off the
+            ``pretrained_cfg`` says. ``architecture``, ``model_args``, ``num_classes`` and ``attention`` come from the
             model, whatever the card says.
         architecture: timm name of a model without one in its ``pretrained_cfg``.
-        model_args: arguments of ``timm.create_model`` to add or replace, where the model does not know its own.
+        model_args: arguments of ``timm.create_model`` to add or replace (None leaves one out), where the model does not
+            know its own or holds one that is not JSON.
 
     Returns:
         The path. Existing files are replaced whole or not at all.
@@ -154,9 +159,9 @@ def save_trained(
     state = model.state_dict()
     # timm loads strictly and does not know learned thresholds, so these stand in config.json.
     config[_OURS]["learned"] = {name: state.pop(name).tolist() for name in learned}
-    with replacing(path / _WEIGHTS) as weights, replacing(path / _CONFIG) as text:
-        write_state(state, weights, {"format": "pt"})
+    with replacing(path / _CONFIG) as text:
         text.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_weights(state, path / _WEIGHTS, {"format": "pt"})
     return path
 
 
@@ -189,7 +194,7 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
         with torch.random.fork_rng(devices=[]):  # the new model's random weights leave no trace in the caller's numbers
             model = _build(config["architecture"], pretrained_cfg=about, **config["model_args"])
         restore_sparsity(model, config[_OURS]["attention"])
-        learned = {name: torch.tensor(value) for name, value in config[_OURS].get("learned", {}).items()}
+        learned = {name: torch.tensor(v, dtype=torch.float32) for name, v in config[_OURS].get("learned", {}).items()}
         card = _card(config)
     except Exception as error:  # timm raises whatever an argument that it does not know leads to
         raise WeightsError(
@@ -248,6 +253,8 @@ def _describe(
     arguments = _as_json({k: v for k, v in (_arguments(model) | model_args).items() if v is not None}, "model_args")
     about = filter_pretrained_cfg(about or timm.get_pretrained_cfg(architecture).to_dict(), remove_source=True)
     about |= {k: card[k] for k in _INPUT if card.get(k) is not None} | {"custom_load": False, "state_dict": None}
+    if "img_size" in arguments:
+        about["input_size"] = (arguments.get("in_chans", 3), *to_2tuple(arguments["img_size"]))
     names = card.get("label_names")
     if names is not None and len(names) != model.num_classes:
         raise ValueError(f"label_names has {len(names)} names, but the model has {model.num_classes} classes")
@@ -271,14 +278,12 @@ def _describe(
 
 def _other_module(model: nn.Module, twin: nn.Module) -> str:
     """The first module that is of another class in ``twin``; "" if none. What does nothing in eval mode is skipped."""
-
-    def classes(of: nn.Module) -> dict[str, str]:
-        kinds = {name: type(module).__name__ for name, module in of.named_modules()}
-        return {name: kind for name, kind in kinds.items() if kind != "Identity" and "Drop" not in kind}
-
-    own, other = classes(model), classes(twin)
-    different = [name for name in own | other if own.get(name) != other.get(name)]
-    return f"{different[0] or 'the model'} is a {own.get(different[0], 'Identity')}" if different else ""
+    own, other = ({name: type(module).__name__ for name, module in of.named_modules()} for of in (model, twin))
+    for name in own | other:
+        pair = own.get(name, "Identity"), other.get(name, "Identity")
+        if pair[0] != pair[1] and not all(kind == "Identity" or "Drop" in kind for kind in pair):
+            return f"{name or 'the model'} is a {pair[0]} and not a {pair[1]}"
+    return ""
 
 
 def _as_json(entries: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -304,9 +309,10 @@ def _read_config(path: Path) -> dict[str, Any]:
             text = flat["card"]
         config = json.loads(text)
         version = config[_OURS]["format"] if _OURS in config else FORMAT
+        newer = version > FORMAT
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"no model can be read from {path}: {error}") from error
-    if version > FORMAT:
+    if newer:
         raise WeightsError(
             f"{path} was written by a newer svit_utils (card format {version}, known here up to {FORMAT}): update it"
         )

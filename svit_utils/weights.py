@@ -17,19 +17,17 @@ class WeightsError(ValueError):
     """Weights that are missing, damaged, or of another model; the message says which and what to do."""
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write the state_dict as one safetensors file; an existing file is replaced whole or not at all.
+def save_weights(
+    model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a model's state_dict, or named tensors, to a safetensors file; an old one is replaced whole or not at all.
 
     Only tensors are saved. To keep a sparse model's thresholds, use `svit_utils.models.save_trained`.
     """
-    with replacing(path) as partial:
-        write_state(model.state_dict(), partial, metadata)
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    with replacing(path) as partial:  # cloned, since safetensors refuses tensors that share memory
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, dict(metadata or {}))
     return Path(path)
-
-
-def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors to ``path`` as safetensors; tensors that share memory are written once each."""
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, path, dict(metadata or {}))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -19,23 +19,10 @@ from typing import Any
 
 from svit_utils import paths
 
-# import name -> distribution name
-NEEDED = {
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "timm": "timm",
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "pandas": "pandas",
-    "statsmodels": "statsmodels",
-    "safetensors": "safetensors",
-    "accelerate": "accelerate",
-    "captum": "captum",
-    "pytorch_grad_cam": "grad-cam",
-    "matplotlib": "matplotlib",
-    "PIL": "pillow",
-    "tqdm": "tqdm",
-}
+# Import name -> name of the distribution, where the two differ.
+_DISTRIBUTIONS = {"pytorch_grad_cam": "grad-cam", "PIL": "pillow"}
+_LIBRARIES = "torch torchvision timm numpy scipy pandas statsmodels safetensors accelerate captum pytorch_grad_cam"
+NEEDED = {name: _DISTRIBUTIONS.get(name, name) for name in f"{_LIBRARIES} matplotlib PIL tqdm".split()}
 FOR_NOTEBOOKS = {"ipywidgets": "ipywidgets", "jupyterlab": "jupyterlab", "nbval": "nbval"}
 
 # What an import says when torch and torchvision come from different builds or releases.
@@ -70,7 +57,7 @@ for name in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Import:
-    """One package: its version, or the reason why it cannot be imported. `details` holds torch's device and threads."""
+    """One package: its version, and the error if it cannot be imported. `details` holds torch's device and threads."""
 
     module: str
     distribution: str
@@ -80,6 +67,7 @@ class Import:
 
     @property
     def missing(self) -> bool:
+        """Not installed, as against installed and broken."""
         return self.error is not None and self.version is None
 
 
@@ -118,7 +106,7 @@ def _as_import(module: str, distribution: str, found: dict[str, Any]) -> Import:
 
 
 def advice(imports: Iterable[Import]) -> list[str]:
-    """The cure for each thing that is wrong, the torch/torchvision mismatch first."""
+    """What to do about each package that cannot be imported; a mismatch of torch and torchvision comes first."""
     by_name = {item.module: item for item in imports}
     broken = [item for item in by_name.values() if item.error]
     lines = []
@@ -133,9 +121,8 @@ def advice(imports: Iterable[Import]) -> list[str]:
             "pip uninstall -y torch torchvision && pip install --no-cache-dir 'torch==2.13.0' 'torchvision==0.28.0' "
             "(or `make clean environment` in the repository). timm needs torchvision, so it fails for the same reason."
         )
-    behind = {"timm"} if mismatched else set()
     for item in broken:
-        if item in mismatched or item.module in behind:
+        if item in mismatched or (mismatched and item.module == "timm"):
             continue
         if item.missing:
             lines.append(f"{item.distribution} is not installed: pip install '{item.distribution}'")
@@ -145,7 +132,7 @@ def advice(imports: Iterable[Import]) -> list[str]:
 
 
 def _version(item: Import | None) -> str:
-    return (item.version if item else None) or "not installed"
+    return (item and item.version) or "not installed"
 
 
 def data_lines() -> list[str]:
@@ -178,20 +165,16 @@ def run() -> int:
     tried = try_imports({**NEEDED, **FOR_NOTEBOOKS})
     imports, extra = tried[: len(NEEDED)], tried[len(NEEDED) :]
     for item in imports + extra:
-        wide = 12 if len(item.distribution) <= 12 else len(item.distribution)
         state = item.version or ("installed" if not item.error else "not installed")
         problem = f"  CANNOT BE IMPORTED: {item.error}" if item.error and not item.missing else ""
         note = "  (for the notebooks and their tests only)" if item in extra and item.error else ""
-        print(f"{item.distribution:<{wide}} {state}{problem}{note}")
+        print(f"{item.distribution:<12} {state}{problem}{note}")
     torch = imports[0]
     if not torch.error:
         print(f"\ndevice       {torch.details.get('device')}, {torch.details.get('threads')} threads")
         print(f"profile      {os.environ.get('SVIT_PROFILE') or 'SVIT_PROFILE is not set'}")
-    print()
-    for line in data_lines():
-        print(line)
+    print("", *data_lines(), "", sep="\n")
     cures = advice(imports)
-    print()
     for line in cures:
         print(f"PROBLEM: {line}")
     print("Something needs care, see above." if cures else "All is well.")

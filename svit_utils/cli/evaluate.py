@@ -62,17 +62,9 @@ def _run(options: argparse.Namespace) -> None:
         model, images, batch_size=options.batch_size, precision=options.precision, limit=options.limit, progress=True
     )
     threshold, empty_rows = shared.describe_attention(model)
-    numbers: dict[str, Any] = {
-        "model": profile.model,
-        "start": profile.start,
-        "data": profile.data,
-        "split": options.split,
-        "images": result.n,
-        "threshold": threshold,
-        "empty_rows": empty_rows,
-        "accuracy": result.accuracy,
-        "loss": result.loss,
-    }
+    numbers = {name: getattr(profile, name) for name in ("model", "start", "data")}
+    numbers |= {"split": options.split, "images": result.n, "threshold": threshold, "empty_rows": empty_rows}
+    numbers |= {"accuracy": result.accuracy, "loss": result.loss}
     summary = None
     if threshold is not None and options.tracked > 0:
         with TokenSparsityTracker(model) as tracker:
@@ -95,12 +87,11 @@ def _as_trained(profile: Any, card: dict[str, Any], options: argparse.Namespace)
     """The profile with the data, model, image size and pixel statistics of the checkpoint, unless an option differs."""
     from dataclasses import replace
 
-    changes: dict[str, Any] = {"model": card.get("model", card.get("architecture"))}
-    if options.data is None and "data" in card:
-        changes["data"] = card["data"]
-    size = card["input_size"][-1] if "input_size" in card else card.get("img_size")
-    if options.img_size is None and size is not None:
-        changes["img_size"] = int(size)
-    if "mean" in card:
-        changes["normalise"] = (card["mean"], card["std"])
-    return replace(profile, **changes)
+    size = card.get("input_size", [card.get("img_size")])[-1]
+    changes = {
+        "model": card.get("model", card.get("architecture")),
+        "data": options.data or card.get("data"),
+        "img_size": options.img_size or (size and int(size)),
+        "normalise": (card["mean"], card["std"]) if "mean" in card else None,
+    }
+    return replace(profile, **{name: value for name, value in changes.items() if value})

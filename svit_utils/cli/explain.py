@@ -14,25 +14,24 @@ _METHODS = ("attention", "attention_heads", "rollout", "grad_cam", "layer_grad_c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command; defaults explain three PlantedShapes test images."""
     model = parser.add_argument_group("which model")
-    model.add_argument("--checkpoint", help="a shipped one's name, or a file or folder; none: random weights")
-    model.add_argument(
-        "--model", help="small_vit or a timm name (default: as the checkpoint's card says, else small_vit)"
-    )
+    model.add_argument("--checkpoint", help="a shipped checkpoint, or a saved file or folder (default: random weights)")
+    model.add_argument("--model", help="small_vit or a timm name (default: as the card says, else small_vit)")
     model.add_argument("--num-classes", type=int, help="classes of the head (default: as the card says, else 10)")
     model.add_argument("--img-size", type=int, help="side of the input in pixels (default: as the card or model says)")
     model.add_argument("--pretrained", action="store_true", help="start from local pretrained weights of --model")
-    shared.add_threshold_arguments(
-        parser.add_argument_group("the cut (default: as the checkpoint was trained, else none)")
-    )
+    shared.add_threshold_arguments(parser.add_argument_group("the cut (default: as it was trained, else none)"))
     images = parser.add_argument_group("which images")
     images.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="picture files; else PlantedShapes")
     statistics = "for files: imagenet, cifar10, half or none (default: as the card says, else imagenet)"
     images.add_argument("--normalise", help=statistics)
-    images.add_argument("--indices", nargs="+", type=int, default=[0, 1, 2], help="of PlantedShapes (default: 0 1 2)")
-    images.add_argument("--split", default="test", choices=("train", "val", "test"), help="of PlantedShapes")
-    parser.add_argument(
-        "--methods", nargs="+", default=[m for m in _METHODS if m != "attention_heads"], choices=_METHODS
+    images.add_argument(
+        "--indices", nargs="+", type=int, default=[0, 1, 2], help="PlantedShapes images (default: 0 1 2)"
     )
+    images.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="PlantedShapes images (default: %(default)s)"
+    )
+    usual = [name for name in _METHODS if name != "attention_heads"]
+    parser.add_argument("--methods", nargs="+", default=usual, choices=_METHODS, help=f"(default: {' '.join(usual)})")
     parser.add_argument("--target", type=int, help="the class Grad-CAM explains (default: the predicted one)")
     out = Path("maps.safetensors")
     parser.add_argument("--out", type=Path, default=out, help=".safetensors or .npz (default: %(default)s)")
@@ -47,18 +46,13 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise ValueError("--dense does not go with --threshold")
     trained = shared.open_trained(options.checkpoint, options)
     if trained is not None:
-        classes = trained[0].num_classes
-        if options.num_classes not in (None, classes):
-            raise ValueError(f"the checkpoint has {classes} classes, --num-classes says {options.num_classes}")
+        if options.num_classes not in (None, found := trained[0].num_classes):
+            raise ValueError(f"the checkpoint has {found} classes, but --num-classes is {options.num_classes}")
         return trained
     if options.checkpoint and not options.checkpoint.endswith(".safetensors"):
         return models.load_embedded(options.checkpoint), {}  # says which there are
-    model = models.create_model(
-        options.model or models.SMALL_VIT,
-        num_classes=options.num_classes or 10,
-        img_size=options.img_size,
-        pretrained=options.pretrained,
-    )
+    name, classes = options.model or models.SMALL_VIT, options.num_classes or 10
+    model = models.create_model(name, classes, options.img_size, options.pretrained)
     if options.checkpoint:
         models.load_weights(model, options.checkpoint)
     shared.change_attention(model, options)
@@ -82,10 +76,8 @@ def _load_images(
 
     from svit_utils.data import normalisation
 
-    if options.normalise is None and "mean" in card:
-        mean, std = normalisation((card["mean"], card["std"]))
-    else:
-        mean, std = normalisation(options.normalise or "imagenet")
+    own = (card["mean"], card["std"]) if "mean" in card else "imagenet"
+    mean, std = normalisation(options.normalise or own)
     pictures = []
     for path in options.images:
         if not path.is_file():
@@ -112,7 +104,8 @@ def _run(options: argparse.Namespace) -> None:
     model, card = _load_model(options)
     model.eval()
     threshold, empty_rows = shared.describe_attention(model)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or options.img_size or 224
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or options.img_size
+    size = size or card.get("input_size", [224])[-1]
     side = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     images, shown, masks, labels = _load_images(options, side, card)
     with torch.no_grad():
@@ -124,9 +117,7 @@ def _run(options: argparse.Namespace) -> None:
         "model": type(model).__name__ if options.model is None else options.model,
         "threshold": threshold,
         "empty_rows": empty_rows,
-        "images": [str(p) for p in options.images]
-        if options.images
-        else {"split": options.split, "indices": options.indices},
+        "images": list(map(str, options.images or [])) or {"split": options.split, "indices": options.indices},
         "predicted": predicted,
         "targets": targets,
     }
@@ -135,7 +126,5 @@ def _run(options: argparse.Namespace) -> None:
     overview = options.out.with_name(options.out.stem + "_overview.png")
     overview.write_bytes(figure_png(explanation_grid(shown, grid, labels=labels, masks=masks)))
     print(f"{shared.as_sentence(threshold)}; {len(maps)} maps of {len(images)} images: {options.out}")
-    print(
-        f"overview: {overview}"
-        + (f"; {len(written) - 1} overlays: {options.out.with_suffix('')}/" if written[1:] else "")
-    )
+    overlays = f"; {len(written) - 1} overlays: {options.out.with_suffix('')}/" if written[1:] else ""
+    print(f"overview: {overview}{overlays}")

@@ -12,11 +12,8 @@ from typing import Any
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     """Which profile, data and model."""
     what = parser.add_argument_group("what")
-    what.add_argument(
-        "--profile",
-        choices=("smoke", "cpu", "gpu", "paper"),
-        help="data, model, start, recipe and budget (default: $SVIT_PROFILE, else gpu with CUDA and cpu without)",
-    )
+    sets = "data, model, start, recipe and budget (default: $SVIT_PROFILE, else gpu with CUDA and cpu without)"
+    what.add_argument("--profile", choices=("smoke", "cpu", "gpu", "paper"), help=sets)
     what.add_argument("--data", help="planted (generated), cifar10, or a folder with train/, val/ (and test/) inside")
     what.add_argument("--model", help="small_vit, or a timm name such as deit_tiny_patch16_224")
     what.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images")
@@ -26,7 +23,7 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_threshold_arguments(group: Any) -> None:
     """Dense or sparse, and with which threshold."""
-    group.add_argument("--threshold", type=float, metavar="TAU", help="weights up to tau are cut, in [0, 1)")
+    group.add_argument("--threshold", type=float, metavar="TAU", help="cut attention weights up to this, in [0, 1)")
     group.add_argument("--dense", action="store_true", help="do not cut at all")
     rules = "what a query gets when no key survives: nothing, its uncut weights, its largest key, or a lower tau"
     group.add_argument("--empty-rows", choices=("zero", "dense", "top1", "cap"), help=rules)
@@ -50,11 +47,7 @@ def set_threads(options: argparse.Namespace) -> None:
 
 
 def chosen_profile(options: argparse.Namespace) -> Any:
-    """The `Profile` with the data, model and threshold options put in.
-
-    Raises:
-        ValueError: options that do not go together.
-    """
+    """The `Profile` with the options for data, model and threshold put in; ValueError if they do not go together."""
     from dataclasses import replace
 
     from svit_utils.training import get_profile
@@ -67,15 +60,11 @@ def chosen_profile(options: argparse.Namespace) -> Any:
 
 
 def open_trained(name: str | None, options: argparse.Namespace) -> tuple[Any, dict[str, Any]] | None:
-    """The saved model that an option names, with its card, changed as ``--img-size``, ``--threshold`` and so on say.
+    """(model, card) of the saved model called ``name``, changed as ``--img-size``, ``--threshold`` and so on say.
 
-    Args:
-        name: a file or folder of `save_trained`, or a shipped checkpoint; None is returned for everything else: weights
-            without a card, starts such as ``pretrained``, unknown names.
-        options: of the command.
-
-    Raises:
-        ValueError: missing or damaged file, or an option that does not go with the saved model.
+    ``name`` is a file or folder of `save_trained`, or a shipped checkpoint. For everything else, such as weights
+    without a card or the start ``pretrained``, the answer is None. Raises ValueError for a missing or damaged file, or
+    an option that does not go with the model.
     """
     from svit_utils.models import load_trained, read_card, resize
     from svit_utils.paths import checkpoints_dir
@@ -101,9 +90,7 @@ def change_attention(model: Any, options: argparse.Namespace, empty_rows: str = 
     """Apply ``--dense``, ``--threshold`` and ``--empty-rows`` in place; which layers are sparse stays as it was.
 
     A dense model that gets a threshold is made sparse in every layer, with ``empty_rows`` where no option names it.
-
-    Raises:
-        ValueError: a learned tau would be lost, or the model's normaliser takes no ``--empty-rows``.
+    Raises ValueError where a learned tau would be lost, or the model's normaliser takes no ``--empty-rows``.
     """
     from svit_utils.attention import densify, learnable_thresholds, sparse_modules, sparsify
 
@@ -143,15 +130,11 @@ def as_sentence(threshold: float | str | None) -> str:
     return f"cut at tau = {threshold:g}" if isinstance(threshold, float) else f"cut by {threshold}"
 
 
-def exit_status(
-    command: Callable[[argparse.Namespace], None],
-    options: argparse.Namespace,
-    expected: tuple[type[Exception], ...] = (ValueError, OSError),
-) -> int:
-    """Run a command: 0, or 2 after one line on standard error for an expected exception."""
+def exit_status(command: Callable[..., None], options: argparse.Namespace, errors: Any = (ValueError, OSError)) -> int:
+    """Run a command: 0, or 2 after one line on standard error for an exception of the classes ``errors``."""
     try:
         command(options)
-    except expected as error:
+    except errors as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -19,7 +19,7 @@ from svit_utils.cli.options import (
 EXAMPLES = """examples:
   python -m svit_utils train                        fine-tune the shipped dense start with tau = 0.01, on a laptop
   python -m svit_utils train --dense                the same steps without the cut, to compare with
-  python -m svit_utils train --tau-warmup 0         the whole tau from the first step
+  python -m svit_utils train --tau-warmup 0         the full tau from the first step
   python -m svit_utils train --profile gpu --out runs/vitb
 A run that was stopped goes on when the same command is given again."""
 
@@ -31,18 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_profile_arguments(parser)
     cut = parser.add_argument_group("the cut")
     add_threshold_arguments(cut)
-    cut.add_argument("--tau-warmup", type=int, metavar="STEPS", help="raise tau linearly from 0 over so many steps")
+    cut.add_argument("--tau-warmup", type=int, metavar="STEPS", help="raise tau linearly from 0 over these steps")
     cut.add_argument("--layers", type=int, nargs="+", metavar="BLOCK", help="cut only these blocks, counted from 0")
-    cut.add_argument("--learnable", choices=("model", "layer", "head"), help="train tau as well: one per model, ...")
+    cut.add_argument(
+        "--learnable", choices=("model", "layer", "head"), help="train tau too: one for all, or one for each"
+    )
     # An option of the recipe is stored under the name of its field in TrainConfig.
     recipe = parser.add_argument_group("the recipe")
     recipe.add_argument("--steps", type=int, help="optimiser steps; warm-ups keep their share of the run")
     recipe.add_argument("--batch-size", type=int, help="images per process and forward pass")
     recipe.add_argument("--grad-accumulation", type=int, help="forward passes per step")
     recipe.add_argument("--lr", type=float, help="peak learning rate of AdamW")
-    recipe.add_argument("--weight-decay", type=float, help="of AdamW, on matrices only")
-    recipe.add_argument("--schedule", choices=("cosine", "onecycle", "constant"), help="of the learning rate")
-    recipe.add_argument("--warmup", dest="warmup_steps", type=int, metavar="STEPS", help="of the learning rate, linear")
+    recipe.add_argument("--weight-decay", type=float, help="weight decay of AdamW, on matrices only")
+    recipe.add_argument("--schedule", choices=("cosine", "onecycle", "constant"), help="how the rate falls")
+    recipe.add_argument("--warmup", dest="warmup_steps", type=int, metavar="STEPS", help="raise the rate linearly")
     recipe.add_argument("--layer-decay", type=float, help="factor on the learning rate from a layer to the one below")
     recipe.add_argument("--label-smoothing", type=float, help="in [0, 1)")
     recipe.add_argument("--mixup", type=float, help="alpha of mixup (0: none)")
@@ -50,20 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--clip-grad", type=float, help="largest gradient norm")
     recipe.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast; the cut stays in float32")
     recipe.add_argument("--compile", action="store_const", const=True, help="run the model through torch.compile")
-    recipe.add_argument("--seed", type=int, help="of new weights, data order and augmentation")
+    recipe.add_argument("--seed", type=int, help="seed of new weights, data order and augmentation")
     recipe.add_argument("--workers", dest="num_workers", type=int, help="processes that load images")
     run_ = parser.add_argument_group("the run")
     out = Path("runs/latest")
     run_.add_argument("--out", type=Path, default=out, help="folder for what the run leaves (default: %(default)s)")
-    run_.add_argument("--eval-every", type=int, metavar="STEPS", help="between validations (0: at the end only)")
-    run_.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="write a checkpoint so often")
+    run_.add_argument("--eval-every", type=int, metavar="STEPS", help="steps between validations (0: at the end)")
+    run_.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="steps between checkpoints")
     add_threads_argument(run_)
-    run_.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on from the checkpoint in --out, if there is one; --no-resume starts again",
-    )
+    resume = "go on from the checkpoint in --out, if there is one; --no-resume starts again"
+    run_.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help=resume)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -75,12 +73,9 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return _run(options)
-    except NonFiniteLossError as error:
+    except (ValueError, OSError, CheckpointError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NonFiniteLossError) else 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -114,10 +109,9 @@ def _run(options: argparse.Namespace) -> int:
     judged = result.ema if result.ema is not None else model
     test = evaluate(judged, data.test, batch_size=config.batch_size, precision=config.precision)
 
-    described = {k: v for k, v in asdict(profile).items() if k not in ("config", "summary", "name")}
     card = {
         "profile": profile.name,
-        **described,
+        **{k: v for k, v in asdict(profile).items() if k not in ("config", "summary", "name")},
         "threshold": None if options.dense else profile.threshold,
         "layers": options.layers,
         "learnable": options.learnable,

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import svit_utils
 from svit_utils.__main__ import COMMANDS, main
 
 
@@ -31,3 +34,13 @@ def test_the_package_and_the_doctor_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_type_checkers_see_every_name_of_the_package() -> None:
+    tree = ast.parse(Path(svit_utils.__file__).read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]  # if TYPE_CHECKING
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.name: node.module for node in imports for alias in node.names}
+    assert sorted(homes) == svit_utils.__all__
+    for name, home in homes.items():
+        assert getattr(svit_utils, name) is getattr(sys.modules[home], name)

@@ -12,8 +12,18 @@ import torch
 from safetensors.torch import save_file
 
 from svit_utils.__main__ import main
-from svit_utils.attention import sparse_modules, sparsify
-from svit_utils.models import WeightsError, create_model, load_embedded, load_weights, read_card, save_weights
+from svit_utils.attention import RelativeThreshold, sparse_modules, sparsify
+from svit_utils.explain import load_maps
+from svit_utils.models import (
+    WeightsError,
+    create_model,
+    load_embedded,
+    load_trained,
+    load_weights,
+    read_card,
+    save_trained,
+    save_weights,
+)
 from svit_utils.provenance import provenance
 from svit_utils.training import PROFILES, build_data, build_model, get_profile
 
@@ -184,6 +194,42 @@ def test_train_and_evaluate_from_the_shell(tmp_path: Path, capsys: pytest.Captur
         main(["evaluate", "--profile", "smoke", "--weights", str(out / "model.safetensors"), "--dense", "--json"]) == 0
     )
     assert json.loads(capsys.readouterr().out)["threshold"] is None
+
+
+def test_a_learned_tau_goes_from_command_to_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, maps = tmp_path / "run", tmp_path / "maps.npz"
+    command = ["train", "--profile", "smoke", "--steps", "2", "--learnable", "head", "--layers", "0", "2"]
+    assert main([*command, "--empty-rows", "cap", "--ema", "0.9", "--out", str(out)]) == 0
+    model, card = load_trained(out / "model.safetensors")
+    assert list(sparse_modules(model)) == ["blocks.0.attn", "blocks.2.attn"]
+    assert card["mean"] == [0.5] * 3 and card["std"] == [0.25] * 3 and card["label_names"][0] == "disc"
+    evaluate = ["evaluate", "--profile", "smoke", "--weights", str(out / "model.safetensors"), "--json"]
+    for more, expected in ([], "cap"), (["--empty-rows", "zero"], "zero"):
+        capsys.readouterr()
+        assert main([*evaluate, *more]) == 0
+        numbers = json.loads(capsys.readouterr().out)
+        assert (numbers["threshold"], numbers["empty_rows"]) == ("LearnableThreshold(per='head')", expected)
+        assert more or numbers["accuracy"] == card["test_accuracy"]
+    assert main([*evaluate, "--threshold", "0.1"]) == main([*evaluate, "--dense"]) == 2
+    folder = str(save_trained(model, tmp_path / "folder", card))
+    explain = ["explain", "--methods", "attention", "--no-overlays", "--indices", "0", "--out", str(maps)]
+    assert main([*explain, "--checkpoint", folder]) == 0
+    assert load_maps(maps)[1]["empty_rows"] == "cap"
+    assert main([*explain, "--checkpoint", folder, "--num-classes", "7"]) == 2
+    assert "the checkpoint has 10 classes" in capsys.readouterr().err
+
+
+def test_a_trained_model_at_another_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = create_model("small_vit", img_size=48)
+    sparsify(model, RelativeThreshold(1.97), layers=[1])
+    path = str(save_trained(model, tmp_path / "m.safetensors", {"data": "planted"}))
+    for size in ([], ["--img-size", "64"]):
+        assert main(["evaluate", "--profile", "smoke", "--weights", path, "--limit", "4", *size]) == 0
+        assert "cut by RelativeThreshold(alpha=1.97), empty rows 'dense'" in capsys.readouterr().out
+    assert main(["evaluate", "--profile", "smoke", "--weights", path, "--threshold", "0.1", "--limit", "4"]) == 0
+    assert "1 layers, 3 heads" in capsys.readouterr().out, "the other layers stay dense"
+    assert main(["evaluate", "--profile", "smoke", "--weights", path, "--model", "deit_tiny_patch16_224"]) == 2
+    assert "m.safetensors holds a vit_tiny_patch16_224" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

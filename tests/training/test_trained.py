@@ -26,6 +26,7 @@ from svit_utils.attention import (
     FixedThreshold,
     LearnableThreshold,
     RelativeThreshold,
+    SparseAttention,
     densify,
     learnable_thresholds,
     sparse_modules,
@@ -333,6 +334,9 @@ def test_architecture_and_arguments_can_be_given(tmp_path: Path) -> None:
     assert torch.equal(run(load_trained(path)[0], x), run(model, x))
     model = with_a_class_as_argument()
     path = save_trained(model, path, model_args={"act_layer": "relu"})
+    assert torch.equal(run(load_trained(path)[0], x), run(model, x))
+    model = build(attn_layer=SparseAttention)  # None leaves it out: the card's attention says the same
+    path = save_trained(model, path, model_args={"attn_layer": None})
     assert torch.equal(run(load_trained(path)[0], x), run(model, x))
 
 
