@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from svit_utils.paths import repo_root
 
-COMMANDS = {"build": "svit_course.build", "grade": "svit_course.grading.grade"}
+COMMANDS = {"build": "svit_course.build", "grade": "svit_course.grading.command"}
 USAGE = """\
 usage: python -m svit_course build|grade ...
 

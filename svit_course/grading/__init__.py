@@ -1,1 +1,1 @@
-"""The lecturer's side of the coursework: build it from its masters, grade what comes back."""
+"""Grading: find what was handed in (`submissions`), run it (`runs`), write what came out (`reports`, `feedback`)."""

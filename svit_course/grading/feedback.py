@@ -6,7 +6,7 @@ import base64
 import re
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from pygments import highlight
@@ -14,9 +14,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from svit_course import masters, notebooks, questions
-
-if TYPE_CHECKING:
-    from svit_course.grading.grade import Graded
+from svit_course.grading.runs import Graded
 
 RUBRIC = masters.ASSIGNMENTS / "rubric.md"
 _BLANK = re.compile(r"\n(?:[ \t]*\n){3,}")

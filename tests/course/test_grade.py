@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from svit_course import masters as m
 from svit_course import notebooks
-from svit_course.grading import grade
+from svit_course.grading import command, reports, submissions
 from svit_course.sandbox import limits, wire
 
 MASTER = m.master("a")
@@ -98,7 +99,7 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     submission(folder, "lou", answers("a4", "import torch\nwhile True: pass"))
     (folder / "max").mkdir()
     (folder / "max" / MASTER.name).write_text("{ not a notebook")
-    done = grade.main(
+    done = command.main(
         [str(folder), "--out", str(out), "--jobs", "1", "--seconds", "8", "--cell", "15", "--memory", "1.5"]
     )
     assert done == 0
@@ -119,7 +120,7 @@ def whole_course(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for cell in notebook.cells:
                 stub = "# YOUR CODE HERE\nraise NotImplementedError()"
                 cell.source = m.without(cell.source, m.BEGIN_SOLUTION, m.END_SOLUTION, stub)
-    assert grade.main([str(folder), "--out", str(out), "--jobs", "1", "--seconds", "60"]) == 0
+    assert command.main([str(folder), "--out", str(out), "--jobs", "1", "--seconds", "60"]) == 0
     return out
 
 
@@ -219,8 +220,8 @@ def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: p
     for row in table:
         if row["student"] == "ada" and row["question"] == "a6":
             row["marks"], row["comment"] = "3.5", "=HYPERLINK(1)"
-    grade._write(out / "by_hand.csv", grade.BY_HAND, table)
-    assert grade.main([str(only), "--out", str(out)]) == 0
+    reports.write_table(out / "by_hand.csv", reports.BY_HAND, table)
+    assert command.main([str(only), "--out", str(out)]) == 0
     (total,) = [row for row in rows(out / "totals.csv") if row["student"] == "ada"]
     assert (total["by_tests"], total["by_hand"], total["total"]) == ("13", "3.5", "16.5")
     assert marks(graded, "ada")["a6 by hand"] == (3.5, "marked", "'=HYPERLINK(1)")
@@ -232,8 +233,8 @@ def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: p
     assert "data:image/png;base64," in page
 
     table[0]["marks"] = "99"
-    grade._write(out / "by_hand.csv", grade.BY_HAND, table)
-    assert grade.main([str(only), "--out", str(out)]) == 2
+    reports.write_table(out / "by_hand.csv", reports.BY_HAND, table)
+    assert command.main([str(only), "--out", str(out)]) == 2
     assert "marks are a number from 0 to" in capsys.readouterr().err
 
 
@@ -247,11 +248,11 @@ def test_feedback_shows_the_message_and_no_solution(graded: tuple[Path, Path]) -
 
 
 def test_bad_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert grade.main([str(tmp_path / "nowhere")]) == 2
+    assert command.main([str(tmp_path / "nowhere")]) == 2
     assert "no folder" in capsys.readouterr().err
     (tmp_path / "ada").mkdir()
     (tmp_path / "ada" / "diary.ipynb").write_text("{}")
-    assert grade.main([str(tmp_path)]) == 2
+    assert command.main([str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "nothing to grade" in said and "diary.ipynb: not the name of an assignment" in said
 
@@ -261,15 +262,15 @@ def test_flat_folders_and_two_versions(tmp_path: Path) -> None:
     submission(tmp_path, "ben", name=f"old/{MASTER.name}")
     newer = submission(tmp_path, "ben")
     os.utime(newer, (2e9, 2e9))
-    found, strange = grade.submissions(tmp_path)
+    found, strange = submissions.find(tmp_path)
     assert [(s.student, s.path.name) for s in found] == [("ada", f"ada_{MASTER.name}"), ("ben", MASTER.name)]
     assert found[1].path == newer and "2 notebooks" in strange[0]
 
 
 def test_given_cells_come_from_the_master() -> None:
     original = m.read_cells(MASTER)
-    mine = [grade.replace(cell, source="tampered") for cell in original if cell.id != "given-imports"]
-    cells = grade.plan(mine, original)
+    mine = [replace(cell, source="tampered") for cell in original if cell.id != "given-imports"]
+    cells = submissions.plan(mine, original)
     assert cells[0] == next(cell for cell in original if cell.id == "given-imports")
     assert {cell.part for cell in cells} <= {"given", "answer", "plot", "own"}
 
@@ -286,7 +287,7 @@ def test_given_cells_come_from_the_master() -> None:
     ],
 )
 def test_borrowed_answers_are_noticed(source: str, expected: bool) -> None:
-    assert grade.borrows(source) is expected
+    assert submissions.borrows(source) is expected
 
 
 def test_the_wire_carries_arrays_and_no_objects() -> None:
@@ -314,7 +315,7 @@ def test_a_notebook_without_metadata_is_still_graded() -> None:
         cell.metadata.pop("nbgrader", None)
         cell.pop("id")
     notebook.cells.append(new_markdown_cell("Thanks."))
-    cells = grade.plan(m.cells(notebook), m.read_cells(MASTER))
+    cells = submissions.plan(m.cells(notebook), m.read_cells(MASTER))
     assert cells[0].part == "given" and sum("def cut" in cell.source for cell in cells) == 1
 
 
@@ -331,7 +332,7 @@ def test_the_fence_holds_where_the_system_has_one(tmp_path: Path) -> None:
         "    except PermissionError: print('refused')\n"
     )
     (tmp_path / "mine").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(notebooks.ROOT / "tools")}
+    environment = {**os.environ, "PYTHONPATH": str(notebooks.ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "refused\nrefused\n"), done.stderr
 

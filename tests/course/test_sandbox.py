@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from svit_course import masters as m
-from svit_course.grading import grade
+from svit_course.grading import reports, runs, submissions
 from svit_course.sandbox import limits
 from svit_course.sandbox.sandbox import Ended, Limits, Sandbox
 
@@ -176,27 +176,27 @@ def test_a_pipe_in_the_place_of_a_picture_keeps_nobody_waiting(tmp_path: Path) -
     (tmp_path / "text.png").write_bytes(b"no picture")
     (tmp_path / "fine.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
     names = ["figure-1.png", "link.png", "a" * 400]
-    assert list(grade._pngs(tmp_path, names)) == []
-    assert len(list(grade._pngs(tmp_path, ["text.png", "../" + tmp_path.name + "/fine.png", 5]))) == 1
-    assert len(list(grade._pngs(tmp_path, ["fine.png"] * 1000))) == 3
+    assert list(runs.pngs(tmp_path, names)) == []
+    assert len(list(runs.pngs(tmp_path, ["text.png", "../" + tmp_path.name + "/fine.png", 5]))) == 1
+    assert len(list(runs.pngs(tmp_path, ["fine.png"] * 1000))) == 3
 
 
 def test_half_characters_and_formulas_cost_nobody_a_report(tmp_path: Path) -> None:
-    submission = grade.Submission("=cmd|x", m.master("a").stem, tmp_path / "none")
-    bad = grade.Graded(
-        submission, [grade.Mark("a1", "visible", 0.0, 1.0, "wrong", "\ud800" * 9 + "x" * 10**6)], ["\udfff"]
+    submission = submissions.Submission("=cmd|x", m.master("a").stem, tmp_path / "none")
+    bad = runs.Graded(
+        submission, [runs.Mark("a1", "visible", 0.0, 1.0, "wrong", "\ud800" * 9 + "x" * 10**6)], ["\udfff"]
     )
     bad.sources["a1"] = "# \ud800" + "\n" * 30_000
-    good = grade.not_graded(grade.Submission("ada", m.master("a").stem, tmp_path / "none"), "not graded: a test")
+    good = runs.not_graded(submissions.Submission("ada", m.master("a").stem, tmp_path / "none"), "not graded: a test")
     started = time.monotonic()
-    grade.write_reports([bad, good], tmp_path)
+    reports.write_reports([bad, good], tmp_path)
     assert time.monotonic() - started < 20
     with (tmp_path / "totals.csv").open(newline="", encoding="utf-8") as file:
         assert [row["student"] for row in csv.DictReader(file)] == ["'=cmd|x", "ada"]
     assert len((tmp_path / "marks.csv").read_text(encoding="utf-8")) < 20_000
     assert len(list((tmp_path / "feedback").rglob("*.html"))) == 2
     # Again, so that what was written is read back: nothing doubles.
-    grade.write_reports([bad, good], tmp_path)
+    reports.write_reports([bad, good], tmp_path)
     with (tmp_path / "totals.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 2
 
@@ -214,19 +214,19 @@ def test_half_characters_and_formulas_cost_nobody_a_report(tmp_path: Path) -> No
 def test_a_table_that_cannot_be_read_is_refused_before_grading(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "by_hand.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
-        grade.marks_by_hand(tmp_path / "by_hand.csv")
+        reports.marks_by_hand(tmp_path / "by_hand.csv")
 
 
 def test_a_short_line_without_marks_is_no_harm(tmp_path: Path) -> None:
     (tmp_path / "by_hand.csv").write_text(
         "student,assignment,question,marks,out_of,comment\nada,a,a5\n", encoding="utf-8"
     )
-    assert grade.marks_by_hand(tmp_path / "by_hand.csv")["ada", "a", "a5"]["marks"] == ""
+    assert reports.marks_by_hand(tmp_path / "by_hand.csv")["ada", "a", "a5"]["marks"] == ""
 
 
 @pytest.mark.parametrize("source", ["x=" + "-" * 20_000, "a" + ".b" * 20_000, "1" + "+1" * 100_000, "'\ud800'", "\x00"])
 def test_code_made_to_break_a_parser_does_not(source: str) -> None:
-    assert grade.borrows(source) is False
+    assert submissions.borrows(source) is False
 
 
 def test_no_process_stays_behind() -> None:

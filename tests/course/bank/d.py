@@ -665,13 +665,13 @@ def fine_tune(start, images, labels, test_images, *, tau, ramp, steps, batch_siz
     optimisers = {name: torch.optim.AdamW(model.train().parameters(), lr) for name, model in models.items()}
     for step, batch in enumerate(torch.from_numpy(plan)):
         for module in sparse_modules(models["sparse"]).values():
-            module.threshold.scale_(tau_at(step, 1.0, ramp))
+            module.threshold.set_warmup(tau_at(step, 1.0, ramp))
         for name, model in models.items():
             model.zero_grad()
             torch.nn.CrossEntropyLoss()(model(images[batch]), labels[batch]).backward()
             optimisers[name].step()
     for module in sparse_modules(models["sparse"]).values():
-        module.threshold.scale_(1.0)
+        module.threshold.set_warmup(1.0)
     with torch.inference_mode():
         return [torch.cat([models[name].eval()(x[None]) for x in test_images]) for name in ("dense", "sparse")]
 """,

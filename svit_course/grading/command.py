@@ -1,0 +1,87 @@
+"""Grade a folder of submissions: ``make grade SUBMISSIONS=dir``, or ``python -m svit_course grade dir``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from svit_course import notebooks
+from svit_course.grading.reports import marks_by_hand, writable, write_reports
+from svit_course.grading.runs import Graded, grade, not_graded
+from svit_course.grading.submissions import Submission, find
+from svit_course.sandbox import limits
+from svit_course.sandbox.sandbox import Limits, close_all
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m svit_course grade", description="Grade a folder of submissions: marks as CSV, feedback as HTML."
+    )
+    parser.add_argument("submissions", type=Path, help="a folder per student")
+    parser.add_argument("--out", type=Path, default=notebooks.ROOT / "build" / "grades", help="default: build/grades")
+    parser.add_argument("--assignment", help="only this one, for example b")
+    parser.add_argument("--jobs", type=int, default=2, help="submissions at a time (default: 2)")
+    for name, default, what in (
+        ("seconds", Limits.seconds, "of a test"),
+        ("cell", Limits.cell, "seconds of a cell"),
+        ("total", Limits.total, "seconds of a submission"),
+        ("memory", 2.0, "GiB of resident memory"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=default, help=f"{what} (default: %(default)g)")
+    options = parser.parse_args(argv)
+    if min(options.jobs, options.seconds, options.cell, options.total, options.memory) <= 0:
+        parser.error("jobs, seconds, cell, total and memory must be positive")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Grade and write the reports. 0; 1 where a submission could not be graded; 2 where nothing could be."""
+    options = parse(argv)
+    try:
+        marks_by_hand(options.out / "by_hand.csv")  # before an hour of grading, not after
+        found, strange = find(options.submissions, options.assignment)
+    except (ValueError, LookupError) as error:
+        print(f"make grade: {error}", file=sys.stderr)
+        return 2
+    bounds = Limits(options.seconds, options.cell, options.total, int(options.memory * 2**30))
+    print(f"{len(found)} submissions; each: {bounds.seconds:g} s a test, {options.memory:g} GiB; {limits.in_words()}")
+    for line in strange:
+        print(f"  {line}")
+    secret = [options.submissions.resolve(), *(notebooks.ROOT / name for name in ("tests", "build", "tools"))]
+
+    def one(submission: Submission) -> Graded:
+        try:
+            graded = grade(submission, bounds, secret)
+        except Exception as error:  # the grader's own fault must not cost the others their marks
+            graded = not_graded(submission, f"not graded: {type(error).__name__}: {error}")
+        marks = sum(mark.marks or 0 for mark in graded.marks if mark.test != "by hand")
+        best = sum(mark.out_of for mark in graded.marks if mark.test != "by hand")
+        print(f"  {writable(submission.student)}, {submission.assignment}: {marks:g} of {best:g} by tests", flush=True)
+        return graded
+
+    everything = side_by_side(one, found, options.jobs)
+    write_reports(everything, options.out)
+    print(f"Marks: {options.out}/marks.csv and totals.csv. By hand: by_hand.csv. Feedback: {options.out}/feedback/")
+    return 1 if any(mark.status == "not graded" for graded in everything for mark in graded.marks) else 0
+
+
+def side_by_side(one: Callable[[Submission], Graded], found: Sequence[Submission], jobs: int) -> list[Graded]:
+    """``one`` of each submission, ``jobs`` at a time; Ctrl-C and a polite kill end the sandboxes first."""
+
+    def stopped(number: int, _frame: object) -> None:
+        close_all()
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, stopped) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(one, found))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
