@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from svit_utils.cli.options import add_threads_argument, set_threads
+
 # The commands import what they need themselves: `--help` need not wait for torch.
 
 
@@ -21,7 +23,7 @@ def run_experiment(options: argparse.Namespace) -> None:
             print(f"{experiment.name}: {experiment.title}\n    {' '.join(run.name for run in experiment.runs)}")
         return
     experiment = get_experiment(options.name)
-    set_threads(options.threads)
+    set_threads(options)
     print(training.run_experiment(experiment, only=options.runs))
 
 
@@ -52,17 +54,6 @@ def write_plan(options: argparse.Namespace) -> None:
     print(write_rows(folder / "planned.csv", rows[0], rows))
 
 
-def set_threads(threads: int | None) -> None:
-    """Use so many processor threads; all by default."""
-    import torch
-
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
-    torch.set_num_threads(threads)
-
-
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
@@ -76,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     experiment = add("experiment", run_experiment)
     experiment.add_argument("name", nargs="?", help="the experiment; left out, the command lists them")
     experiment.add_argument("--runs", nargs="+", metavar="RUN", help="only these; all that are not recorded by default")
-    experiment.add_argument("--threads", type=int, metavar="N", help="processor threads of torch (default: all)")
+    add_threads_argument(experiment)
 
     study = add("study", run_study)
     study.add_argument(
@@ -100,16 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         options.work(options)
-    except NonFiniteLossError as error:
+        return 0
+    except (ValueError, OSError, CheckpointError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NonFiniteLossError) else 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

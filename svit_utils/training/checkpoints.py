@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import random
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from svit_utils.files import replacing
 from svit_utils.training.config import TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
+# What torch.load raises, depending on where the damage is.
+DAMAGED = (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, UnpicklingError, BadZipFile)
 
 
 class CheckpointError(RuntimeError):
@@ -99,16 +102,7 @@ def load_checkpoint(folder: Path, expected: str) -> dict[str, Any] | None:
         _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         recorded = state["fingerprint"]
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        TypeError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again, or pass resume=False"
         ) from error
@@ -124,7 +118,7 @@ def _check_sums(path: Path) -> None:
     """torch.save writes a zip file with checksums that torch.load does not look at."""
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            raise BadZipFile(f"wrong checksum of {damaged}")
 
 
 def _difference(recorded: str, expected: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,36 +12,42 @@ from torch.utils.data import DataLoader, Dataset
 from svit_utils.training.config import TrainConfig
 
 
+@dataclass(frozen=True)
 class DataOrder:
-    """The batches of one process: a new permutation of the images in each epoch, dealt out to the processes in turn.
+    """The batches of one process, as lists of indices: a new permutation of the images in each epoch.
+
+    The processes take the batches of an epoch in turn; images that fill no batch are left out. A step takes
+    ``config.grad_accumulation`` batches.
 
     Attributes:
         images: how many the training set has.
-        processes: how many share each step.
+        config: the recipe.
+        rank, processes: which process this is, and of how many.
+        start: the first batch; those before it were done before the run was interrupted.
 
     Raises:
         ValueError: too few images for one batch in each process.
     """
 
-    def __init__(self, images: int, config: TrainConfig, rank: int = 0, processes: int = 1) -> None:
-        self.images, self.config = images, config
-        self.rank, self.processes = rank, processes
-        self.per_epoch = images // (config.batch_size * processes)
-        if self.per_epoch == 0:
+    images: int
+    config: TrainConfig
+    rank: int = 0
+    processes: int = 1
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.images < self.config.batch_size * self.processes:
             raise ValueError(
-                f"the training set has {images} images, fewer than one batch of {config.batch_size} in each of "
-                f"{processes} process(es)"
+                f"the training set has {self.images} images, fewer than one batch of {self.config.batch_size} in each "
+                f"of {self.processes} process(es)"
             )
 
-    def batches(self, start: int = 0) -> Iterator[list[int]]:
-        """Indices of each batch, from batch ``start`` to the end of the run; images that fill no batch are left out.
-
-        With ``grad_accumulation`` a step takes several of these batches.
-        """
+    def __iter__(self) -> Iterator[list[int]]:
         size = self.config.batch_size
+        per_epoch = self.images // (size * self.processes)
         epoch, permutation = -1, torch.empty(0)
-        for position in range(start, self.config.steps * self.config.grad_accumulation):
-            at, within = divmod(position, self.per_epoch)
+        for position in range(self.start, self.config.steps * self.config.grad_accumulation):
+            at, within = divmod(position, per_epoch)
             if at != epoch:
                 epoch = at
                 generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
@@ -48,24 +55,10 @@ class DataOrder:
             first = (within * self.processes + self.rank) * size
             yield permutation[first : first + size].tolist()
 
-    def loader(self, dataset: Dataset, start: int = 0) -> DataLoader:
-        """A loader of (images [B, 3, H, W], labels [B]) from batch ``start`` on."""
-        sampler: Any = _BatchesFrom(self, start)
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=self.config.num_workers,
-            # Without a generator of its own, making the iterator would advance the global one.
-            generator=torch.Generator().manual_seed(self.config.seed),
-            pin_memory=torch.cuda.is_available(),
-        )
-
-
-class _BatchesFrom:
-    """`DataOrder.batches` as the iterable that DataLoader asks for."""
-
-    def __init__(self, order: DataOrder, start: int) -> None:
-        self.order, self.start = order, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.order.batches(self.start)
+    def loader(self, dataset: Dataset) -> DataLoader:
+        """A loader of (images [B, 3, H, W], labels [B]) in this order."""
+        batches: Any = self
+        # Without a generator of its own, making the loader's iterator would advance the global one.
+        generator = torch.Generator().manual_seed(self.config.seed)
+        workers, pin = self.config.num_workers, torch.cuda.is_available()
+        return DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=generator, pin_memory=pin)

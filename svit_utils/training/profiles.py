@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from svit_utils.attention import LearnableThreshold, sparsify
-from svit_utils.data import PlantedShapes, cifar10, image_folder, normalisation
+from svit_utils.data import PlantedShapes, cifar10, image_folder
 from svit_utils.models import SMALL_VIT, create_model, load_embedded, load_weights
 from svit_utils.training.config import TrainConfig
 
@@ -74,20 +76,8 @@ class Profile:
     def with_steps(self, steps: int) -> Profile:
         """The same recipe over another number of steps; the warm-ups keep their share of the run."""
         share = steps / self.config.steps
-        return replace(
-            self,
-            config=replace(
-                self.config,
-                steps=steps,
-                warmup_steps=round(self.config.warmup_steps * share),
-                tau_warmup_steps=round(self.config.tau_warmup_steps * share),
-            ),
-        )
-
-    def small(self) -> Profile:
-        """The same code paths in a few seconds: two steps of two images, from scratch."""
-        small = replace(self.with_steps(2), start="scratch", val_images=4, test_images=4)
-        return replace(small, config=replace(small.config, batch_size=2, eval_every=0, num_workers=0))
+        warmups = {name: round(getattr(self.config, name) * share) for name in ("warmup_steps", "tau_warmup_steps")}
+        return replace(self, config=replace(self.config, steps=steps, **warmups))
 
     def __str__(self) -> str:
         c = self.config
@@ -193,19 +183,16 @@ def build_data(profile: Profile) -> DataSplits:
             PlantedShapes("val", profile.val_images, img_size=size, rho=profile.rho),
             PlantedShapes("test", profile.test_images, img_size=size),
         )
-    normalise: Any = profile.normalise or _normalisation_of(profile.model)
-    if profile.data == "cifar10":
-        train = cifar10("train", img_size=size, augment=profile.augment, normalise=normalise)
-        val = cifar10("val", img_size=size, normalise=normalise)
-        test = cifar10("test", img_size=size, normalise=normalise)
+    own = get_pretrained_cfg(profile.model)  # None for a model that is not timm's
+    normalise: Any = profile.normalise or ("imagenet" if own is None else (own.mean, own.std))
+    source: Any = cifar10 if profile.data == "cifar10" else partial(image_folder, profile.data)
+    train = source("train", img_size=size, augment=profile.augment, normalise=normalise)
+    val = source("val", img_size=size, normalise=normalise)
+    if profile.data == "cifar10" or (Path(profile.data) / "test").is_dir():
+        test = source("test", img_size=size, normalise=normalise)
     else:
-        train = image_folder(profile.data, "train", img_size=size, augment=profile.augment, normalise=normalise)
-        val = image_folder(profile.data, "val", img_size=size, normalise=normalise)
-        if (Path(profile.data) / "test").is_dir():
-            test = image_folder(profile.data, "test", img_size=size, normalise=normalise)
-        else:
-            log.warning("%s has no test/ folder: what is reported is on val/, which also chooses", profile.data)
-            test = val
+        log.warning("%s has no test/ folder: what is reported is on val/, which also chooses", profile.data)
+        test = val
     return DataSplits(train, _first(val, profile.val_images), _first(test, profile.test_images))
 
 
@@ -249,16 +236,6 @@ def build_model(
         threshold = profile.threshold if learnable is None else LearnableThreshold(profile.threshold, per=learnable)
         sparsify(model, threshold, layers=layers, empty_rows=profile.empty_rows, normaliser=profile.normaliser)
     return model
-
-
-def _normalisation_of(model: str) -> tuple[Any, Any] | str:
-    """The pixel statistics that a model was pretrained with: ImageNet's for DeiT, one half for timm's ViT-Base."""
-    if model == SMALL_VIT:
-        return "imagenet"
-    from timm.models import get_pretrained_cfg
-
-    cfg = get_pretrained_cfg(model)
-    return normalisation("imagenet") if cfg is None else (cfg.mean, cfg.std)
 
 
 def _first(dataset: Any, count: int | None) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,8 @@ class Session:
         # Taken once all processes share the start, and before a checkpoint changes it.
         self.fingerprint = checkpoints.fingerprint(model, config, order.images, order.processes)
         randoms = self._load(resume)
-        self.batches = iter(order.loader(train_set, start=self.progress.step * config.grad_accumulation))
+        order = replace(order, start=self.progress.step * config.grad_accumulation)
+        self.batches = iter(order.loader(train_set))
         if randoms is not None:  # last, since building the model and the loader may draw random numbers
             checkpoints.set_random_state(randoms[accelerator.process_index])
         self.metrics = Metrics(self.folder if self.is_main else None, keep_until=self.progress.step)
