@@ -60,7 +60,7 @@ def schedule_mistakes(case: Case) -> Iterator[Mistake]:
     steps, tau, ramp = np.array(steps_asked(case)), case["tau"], case["ramp"]
     part, long = steps / max(ramp, 1), steps / max(case["steps"], 1)
     full = np.full(len(steps), tau)
-    yield full, "tau_at gives the whole tau at step 0: there is no warm-up. It rises from 0"
+    yield full, "tau_at gives the full tau at step 0: there is no warm-up. It rises from 0"
     ahead = tau * np.minimum(1, (steps + 1) / max(ramp, 1))
     yield ahead, "tau_at is a step ahead: step 0 gets tau = 0, not tau/ramp"
     yield tau * part, "tau_at does not stop at tau: beyond the ramp it goes on rising. min(1, step / ramp)"
@@ -94,8 +94,8 @@ def two_runs(case: Case, seen: Seen) -> tuple[Run, Run]:
         groups = [[note for note in notes if note["who"] == who] for who in sorted(trained)]
     if len(groups) != 2 or not all(any(learns(case, note) for note in group) for group in groups):
         if not any(note["sparse"] for note in notes):
-            raise Wrong("attention is never cut: call sparsify on the sparse arm's model before its steps")
-        raise Wrong(f"two arms should be trained, a dense and a sparse one; {len(trained)} model(s) were")
+            raise Wrong("attention is never cut: call sparsify on the sparse model before its steps")
+        raise Wrong(f"two models should be trained, a dense and a sparse one; it was {len(trained)}")
 
     def largest_tau(group: Run) -> float:
         return max(note["tau"] for note in group if learns(case, note))
@@ -103,10 +103,10 @@ def two_runs(case: Case, seen: Seen) -> tuple[Run, Run]:
     dense, sparse = sorted(groups, key=largest_tau)
     if largest_tau(dense) > 0:
         raise Wrong(
-            "both arms are cut: sparsify changes the model that it is given, in place. Leave the dense arm alone"
+            "both models are cut: sparsify changes the model that it is given, in place. Leave the dense one alone"
         )
     if largest_tau(sparse) == 0:
-        raise Wrong("attention is not cut in training, in neither arm: sparsify(model, tau_at(...)) before each step")
+        raise Wrong("attention is not cut in training, in neither run: sparsify(model, tau_at(...)) before each step")
     return dense, sparse
 
 
@@ -119,10 +119,10 @@ def judge_starts(case: Case, seen: Seen, dense: Run, sparse: Run) -> None:
             continue
         if close(begin, other[-1]["weights"], 0, 3 * case["lr"]):  # a last step may not be in the notes
             raise Wrong(
-                f"the {name} arm starts from the weights with which the {which_other} one ended, so it has had twice "
-                "the training. Train a copy of `start` in each arm: copy.deepcopy(start)"
+                f"the {name} run starts from the weights with which the {which_other} one ended, so it has had twice "
+                "the training. Train a copy of `start` in each run: copy.deepcopy(start)"
             )
-        raise Wrong(f"the {name} arm does not start from the weights of `start`: copy.deepcopy(start) keeps them")
+        raise Wrong(f"the {name} run does not start from the weights of `start`: copy.deepcopy(start) keeps them")
     if seen["start_sparse"] or not np.array_equal(seen["start"], start):
         raise Wrong(
             "it changed its input start in place: the caller still needs it. Train a copy, copy.deepcopy(start)"
@@ -133,9 +133,9 @@ def batches(case: Case, notes: Run, name: str) -> np.ndarray:
     """[steps, batch_size], which pictures each step of the run saw."""
     found = [which(case, note) for note in notes if learns(case, note)]
     if len(found) != case["steps"]:
-        raise Wrong(f"the {name} arm makes {len(found)} steps, and should make {case['steps']}")
+        raise Wrong(f"the {name} run makes {len(found)} steps, and should make {case['steps']}")
     if any(len(batch) != case["batch_size"] for batch in found):
-        raise Wrong(f"a batch of the {name} arm holds {len(found[0])} pictures, and should hold {case['batch_size']}")
+        raise Wrong(f"a batch of the {name} run holds {len(found[0])} pictures, and should hold {case['batch_size']}")
     return np.stack(found)
 
 
@@ -143,10 +143,10 @@ def judge_order(case: Case, seen: Seen, dense: Run, sparse: Run) -> None:
     """Both see the same batches, which follow from the seed alone."""
     first, second = batches(case, dense, "dense"), batches(case, sparse, "sparse")
     if not np.array_equal(first, second):
-        told = f"the first batch is {first[0].tolist()} in the dense arm, {second[0].tolist()} in the sparse one"
+        told = f"the first batch is {first[0].tolist()} in the dense run, {second[0].tolist()} in the sparse one"
         raise Wrong(
-            f"the arms see other batches, or the same in another order ({told}): then luck is compared, too. Give each "
-            "arm a generator of its own, seeded with `seed`; one that both share goes on where the first arm left it"
+            f"the runs see other batches, or the same in another order ({told}): then luck is compared, too. Give each "
+            "run a generator of its own, seeded with `seed`; one that both share goes on where the first run left it"
         )
     if case["steps"] > 1 and (first == first[0]).all():
         raise Wrong("every step sees the same pictures: draw a batch in each step, from all of `images`")
@@ -165,21 +165,19 @@ def judge_order(case: Case, seen: Seen, dense: Run, sparse: Run) -> None:
 
 def cut_mistakes(case: Case, expected: np.ndarray) -> Iterator[Mistake]:
     tau, steps = case["tau"], case["steps"]
-    at_once = (
-        "the sparse arm trains at the whole tau from step 0, tau jumps at once: set tau_at(step, ...) before each "
-    )
+    at_once = "the sparse run trains at the full tau from step 0, tau jumps at once: set tau_at(step, ...) before each "
     yield np.full(steps, tau), at_once + "step"
     constant = np.full(steps, expected[min(1, steps - 1)])
-    yield constant, "the sparse arm's tau does not rise: set it in each step"
-    yield np.append(expected[1:], tau), "the sparse arm's tau is a step ahead: step 0 gets tau_at(0)"
+    yield constant, "the sparse run's tau does not rise: set it in each step"
+    yield np.append(expected[1:], tau), "the sparse run's tau is a step ahead: step 0 gets tau_at(0)"
     late = np.concatenate([[0.0], expected[:-1]])
-    yield late, "the sparse arm's tau is a step behind: set tau_at(step) before the forward pass of that step"
+    yield late, "the sparse run's tau is a step behind: set tau_at(step) before the forward pass of that step"
 
 
 def judge_cut(case: Case, sparse: Run) -> None:
     """The tau in force in every step."""
     got, expected = np.array([n["tau"] for n in sparse if learns(case, n)]), schedule(case, range(case["steps"]))
-    what = "the tau in force in the sparse arm"
+    what = "the tau in force in the sparse run"
     compare(got, expected, what, cut_mistakes(case, expected), rtol=1e-5, atol=1e-8)
 
 
@@ -214,7 +212,7 @@ def judge_updates(case: Case, notes: Run, name: str) -> None:
     """Each change of the weights is one of AdamW."""
     learning = [note for note in notes if learns(case, note)]
     if not all(note["training"] for note in learning):
-        raise Wrong(f"the {name} arm trains in eval mode, where dropout would be off: model.train() before the steps")
+        raise Wrong(f"the {name} run trains in eval mode, where dropout would be off: model.train() before the steps")
     after = [note["weights"] for note in learning[1:]] + [notes[-1]["weights"]]
     lr, adam, on_piled, piled = case["lr"], Adam(case["lr"]), Adam(case["lr"]), np.zeros(())
     for t, (note, got) in enumerate(zip(learning, after, strict=True)):
@@ -225,7 +223,7 @@ def judge_updates(case: Case, notes: Run, name: str) -> None:
             continue
         first_step = w - lr * g / (np.abs(g) + 1e-8)
         reasons: list[Mistake] = [
-            (w, f"the weights of the {name} arm stay what they were in step {t}: is optimiser.step() called?"),
+            (w, f"the weights of the {name} run stay what they were in step {t}: is optimiser.step() called?"),
             (with_piled - decay, "gradients pile up over the steps: optimiser.zero_grad()"),
             (first_step - decay, "the optimiser forgets: make it once, before the loop, not in each step"),
             (plain, "without weight decay: the question asks for torch.optim.AdamW, with its defaults"),
@@ -235,7 +233,7 @@ def judge_updates(case: Case, notes: Run, name: str) -> None:
             if close(got, candidate, 0, 2e-3 * lr):
                 raise Wrong(sentence)
         raise Wrong(
-            f"step {t} of the {name} arm is not one of AdamW at the constant rate lr, on the cross-entropy of its "
+            f"step {t} of the {name} run is not one of AdamW at the constant rate lr, on the cross-entropy of its "
             "batch: are labels and images taken with the same indices, and nothing clipped or scheduled?"
         )
 
@@ -248,26 +246,26 @@ def judge_answers(case: Case, seen: Seen, notes: Run, name: str, other: str) -> 
     last = notes[-1]
     answering = [note for note in notes if (which(case, note) >= case["n"]).all()]
     if not answering or learns(case, last):
-        raise Wrong(f"the {name} arm's trained model is not asked about test_images")
+        raise Wrong(f"the trained {name} model is not asked about test_images")
     if any(note["training"] for note in answering):
-        raise Wrong(f"the {name} arm answers in train mode, where dropout is active: model.eval() before test_images")
+        raise Wrong(f"the {name} model answers in train mode, where dropout is active: model.eval() before test_images")
     tau = case["tau"] if name == "sparse" else 0.0
     if not close(last["tau"], tau, 1e-5, 1e-8):
         raise Wrong(
-            f"the {name} arm answers at tau = {last['tau']:.4g}, and should be judged at {tau:g}: put the whole tau in "
-            "force before test_images, also where the ramp has not come to its end"
+            f"the {name} model answers at tau = {last['tau']:.4g}, and should be judged at {tau:g}: put the full tau "
+            "in force before test_images, also where the ramp has not come to its end"
         )
     expected = logits(case, last["weights"], tau)
-    got = array(seen, name, f"the answers of the {name} arm")
-    swapped = array(seen, other, f"the answers of the {other} arm")
+    got = array(seen, name, f"the answers of the {name} model")
+    swapped = array(seen, other, f"the answers of the {other} model")
     if got.shape == expected.shape and close(swapped, expected, 1e-6, 1e-8) and not close(got, expected, 1e-6, 1e-8):
-        raise Wrong("the arms are in the wrong order: dense first, then sparse")
+        raise Wrong("the results are in the wrong order: dense first, then sparse")
     probabilities = F.softmax(torch.from_numpy(expected), -1).numpy()
     mistakes = [
         (expected.argmax(-1), "the classes are returned; this question asks for the logits, [n_test, classes]"),
         (probabilities, "probabilities are returned; this question asks for the logits"),
     ]
-    compare(got, expected, f"the logits of the {name} arm", mistakes, rtol=1e-6, atol=1e-8)
+    compare(got, expected, f"the logits of the {name} model", mistakes, rtol=1e-6, atol=1e-8)
 
 
 def logits(case: Case, weights: Any, tau: float) -> np.ndarray:
@@ -310,11 +308,11 @@ QUESTION = Question(
     probe=probe,
     judge=judge,
     hints=(
-        "Write one arm first. What of it has to be the same for the second: start, batches, optimiser's settings, "
+        "Write one run first. What of it has to be the same for the second: start, batches, optimiser's settings, "
         "number of steps. What differs is one line.",
-        "Make everything anew in each arm: copy.deepcopy(start), torch.optim.AdamW on the copy's parameters, and "
+        "Make everything again in each run: copy.deepcopy(start), torch.optim.AdamW on the copy's parameters, and "
         "torch.Generator().manual_seed(seed) for the batches. Then train(), the steps, eval(), the answers.",
-        "for sparse in (False, True): ... In the sparse arm call sparsify(model, tau_at(step, tau, ramp)) before each "
+        "for sparse in (False, True): ... In the sparse run call sparsify(model, tau_at(step, tau, ramp)) before each "
         "forward pass (a model that is sparse already gets the new tau), and sparsify(model, tau) before test_images.",
     ),
     section="chapter 3, sections 3, 5 and 6, and chapter 4, section 4.1",

@@ -94,7 +94,7 @@ def run(case: Case, fine_tune: Any, seed: int, luck: int) -> Seen:
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise Wrong("fine_tune should return two tensors, the answers of the dense and of the sparse arm")
+        raise Wrong("fine_tune should return two tensors, the logits of the dense and of the sparse model")
     notes = list(Watched.diary)
     Watched.forget()
     same = [torch.equal(x, y) for x, y in zip(before, (images, labels, test_images), strict=True)]

@@ -82,7 +82,7 @@ def judge(case: Case, seen: Seen) -> None:
     got, again = array(seen, "error", "the result"), array(seen, "again", "the result of a second call")
     if got.shape == again.shape and not close(got, again):
         raise Wrong(
-            "two calls give two different errors: the model is in train mode, and dropout draws anew each time. "
+            "two calls give two different errors: the model is in train mode, and dropout draws again each time. "
             "Measure in eval mode, model.eval()"
         )
     logits = Logits(case)

@@ -52,7 +52,7 @@ PLANTED = [
         "no warm-up in tau_at",
         "d1",
         "visible",
-        "the whole tau at step 0: there is no warm-up",
+        "the full tau at step 0: there is no warm-up",
         """
 def tau_at(step, tau, ramp):
     return tau
@@ -106,13 +106,13 @@ def tau_at(step, tau, ramp):
     ),
     _planted(
         "the second arm starts from the first's end",
-        "sparse arm starts from the weights with which the dense one ended",
+        "sparse run starts from the weights with which the dense one ended",
         "        model = copy.deepcopy(start)\n",
         "        model = start\n",
     ),
     _planted(
         "the second arm is a copy of the trained start",
-        "sparse arm starts from the weights with which the dense one ended",
+        "sparse run starts from the weights with which the dense one ended",
         "copy.deepcopy(start)",
         "start if not sparse else copy.deepcopy(start)",
     ),
@@ -176,13 +176,13 @@ def tau_at(step, tau, ramp):
     _planted("a step too few", "makes 7 steps, and should make 8", "range(steps)", "range(1, steps)"),
     _planted(
         "both arms cut",
-        "both arms are cut",
+        "both models are cut",
         "            if sparse:\n                sparsify",
         "            if True:\n                sparsify",
     ),
     _planted(
         "judged at the tau of the last step",
-        "whole tau in force before test_images",
+        "full tau in force before test_images",
         "        if sparse:\n            sparsify(model, tau)\n",
         "",
         by="hidden",

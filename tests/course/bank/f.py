@@ -118,7 +118,7 @@ def output_error(model, taus, images):
         "train mode",
         "f1",
         "visible",
-        "in train mode, and dropout draws anew",
+        "in train mode, and dropout draws again",
         """
 def output_error(model, taus, images):
     with torch.no_grad():
