@@ -1,8 +1,8 @@
 """Where things lie: data, weights, the embedded checkpoints and the recorded results.
 
-The package is used in two ways. In the repository (an editable install, or simply the repository as working folder) the
-checkpoints lie in ``data/checkpoints`` and the results in ``results``. From an installed wheel, both lie inside the
-package, under ``_embedded``. The functions here hide the difference; they look, they never create anything.
+In the repository (an editable install, or the repository as working folder) the checkpoints lie in ``data/checkpoints``
+and the results in ``results``. In an installed wheel, both lie inside the package, under ``_embedded``. The functions
+here hide the difference; they never create anything.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ _PACKAGE = Path(__file__).resolve().parent
 def repo_root() -> Path | None:
     """The repository this package is imported from, or None when it runs from an installed wheel."""
     root = _PACKAGE.parent
-    if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir():
-        return root
-    return None
+    return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
 
 
 def data_dir() -> Path:

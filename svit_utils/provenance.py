@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,12 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
     """
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "command": _command(),
         "seed": seed,
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "timm", "torchvision")},
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "svit_utils", "research")),
@@ -53,12 +53,10 @@ def _without_folders(argument: str) -> str:
 
 def _processor() -> str:
     """The processor's name where the system tells it, else its architecture."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
@@ -70,13 +68,10 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    root = repo_root()
-    if root is None:
+    """What git prints for the repository; empty without a repository, without git, or where git fails."""
+    if (root := repo_root()) is None:
         return ""
-    try:
-        run = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return run.stdout.strip()
+    command = ["git", "-C", str(root), *arguments]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return ""

@@ -42,7 +42,6 @@ MIRRORS_VARIABLE = "SVIT_CIFAR10_MIRRORS"
 FOLDER = "cifar-10-batches-py"
 SPLITS = ("train", "val", "test")
 
-_SPLIT_SEED = 10
 _TIMEOUT_S = 30
 _PARTIAL = ".cifar10-partial-"
 _STALE_S = 3600  # a running download keeps changing its folder; one unchanged for this many seconds was killed
@@ -100,11 +99,9 @@ def cifar10(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
-    check_options(transform, img_size, augment)
+    normalise = check_options(transform, img_size, augment, normalise)
     if transform is None:
         transform = small_picture_transform(32, img_size, augment, normalise)
-    else:
-        normalise = "none"
     folder = Path(root).expanduser() if root is not None else data_dir()
     if not (folder / FOLDER).exists():
         _obtain(folder, _addresses(mirrors) if download else [], download)
@@ -114,7 +111,11 @@ def cifar10(
     try:
         source = CIFAR10(str(folder), train=split != "test", transform=transform, download=False)
     except (RuntimeError, OSError) as error:
-        raise DamagedDataError(_diagnosis(folder / FOLDER)) from error
+        faults = "\n  ".join(_faults(folder / FOLDER) or [f"{folder / FOLDER}: cannot be read by torchvision"])
+        raise DamagedDataError(
+            f"CIFAR-10 is there, but not as it should be:\n  {faults}\n"
+            f"Replace these files, or remove the folder {folder / FOLDER} to have the set downloaded again."
+        ) from error
     indices = range(len(source)) if split == "test" else _split_indices(source.targets)[split]
     return Cifar10(source, split, indices, normalise)
 
@@ -122,7 +123,7 @@ def cifar10(
 def _split_indices(targets: Sequence[int]) -> dict[str, list[int]]:
     """Indices of "train" and "val": a tenth of every class is held out for validation."""
     labels, held_out = np.asarray(targets), set()
-    random = np.random.RandomState(_SPLIT_SEED)  # its stream never changes between versions of NumPy
+    random = np.random.RandomState(10)  # its stream never changes between versions of NumPy
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         held_out |= set(random.permutation(members)[: len(members) // 10].tolist())
@@ -167,15 +168,6 @@ def _faults(folder: Path) -> list[str]:
     return faults
 
 
-def _diagnosis(folder: Path) -> str:
-    """The message of `DamagedDataError`: what is wrong with which file, and how to mend it."""
-    faults = "\n  ".join(_faults(folder) or [f"{folder}: cannot be read by torchvision"])
-    return (
-        f"CIFAR-10 is there, but not as it should be:\n  {faults}\n"
-        f"Replace these files, or remove the folder {folder} to have the set downloaded again."
-    )
-
-
 def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
     """Put ``FOLDER`` into ``folder``, from an archive lying there or from the first address that serves a good one."""
     from torchvision.datasets import CIFAR10
@@ -205,10 +197,9 @@ def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
 
 def _missing(folder: Path, tried: Sequence[str], download: bool) -> str:
     """The message of `DataNotFoundError`: what was tried, and where to put the files."""
+    attempts = f"Nothing was downloaded: {'the list of mirrors is empty' if download else 'download=False'}.\n"
     if tried:
         attempts = "Tried:\n" + "".join(f"  {attempt}\n" for attempt in tried)
-    else:
-        attempts = f"Nothing was downloaded: {'the list of mirrors is empty' if download else 'download=False'}.\n"
     return (
         f"CIFAR-10 was not found: there is no {folder / FOLDER}.\n{attempts}"
         f"Put the folder {FOLDER}/ (or the archive cifar-10-python.tar.gz) into {folder},\n"
@@ -222,20 +213,18 @@ def _fetch(source: str, path: Path, md5: str) -> None:
     from tqdm.auto import tqdm
 
     log.info("fetching CIFAR-10 from %s", source)
-    digest, done = hashlib.md5(usedforsecurity=False), 0
     request = urllib.request.Request(source, headers={"User-Agent": "svit-utils"})
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
         total = int(answer.headers.get("Content-Length") or 0)
         with tqdm(total=total or None, unit="B", unit_scale=True, desc="CIFAR-10", disable=None) as bar:
             while chunk := answer.read(1 << 18):
                 file.write(chunk)
-                digest.update(chunk)
-                done += len(chunk)
                 bar.update(len(chunk))
+    done = path.stat().st_size
     if total and done != total:
         raise ValueError(f"ended after {done:,} of {total:,} bytes")
-    if digest.hexdigest() != md5:
-        raise ValueError(f"not the archive: {done:,} bytes, MD5 {digest.hexdigest()}, expected {md5}")
+    if (found := _md5(path)) != md5:
+        raise ValueError(f"not the archive: {done:,} bytes, MD5 {found}, expected {md5}")
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """What can be wrong with data on disk."""
 
-from __future__ import annotations
-
 
 class DataNotFoundError(FileNotFoundError):
     """A data set is neither there nor to be had; the message says where to put it and what was tried."""

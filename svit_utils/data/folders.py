@@ -61,11 +61,9 @@ def image_folder(
         raise ValueError(f"split must be one of {list(SPLIT_FOLDERS)} or None, got {split!r}")
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
-    check_options(transform, img_size, augment)
+    normalise = check_options(transform, img_size, augment, normalise)
     if transform is None:
         transform = photograph_transform(img_size, augment, normalise, crop_pct)
-    else:
-        normalise = "none"
     base = Path(root).expanduser()
     if not base.is_dir():
         raise DataNotFoundError(f"no such folder: {base}")
@@ -76,10 +74,8 @@ def image_folder(
     try:
         source = ImageFolder(str(folder), transform=transform, loader=_read)
     except FileNotFoundError as error:
-        raise DataNotFoundError(
-            f"no pictures to load in {folder}: expected one folder for each class with pictures in it "
-            f"({folder}/<class>/<picture>.jpg). {error}"
-        ) from error
+        expected = f"expected one folder for each class with pictures in it ({folder}/<class>/<picture>.jpg)"
+        raise DataNotFoundError(f"no pictures to load in {folder}: {expected}. {error}") from error
     return PictureFolder(source, normalise)
 
 

@@ -1,7 +1,7 @@
 """PlantedShapes: generated pictures whose class lies in the shape of one object, and nowhere else.
 
-One of ten shapes is planted on a cluttered background, and the exact mask of the object comes with every picture. So
-"does the model look at the object?" has a known answer. What keeps the class out of everything but the shape:
+One of ten shapes is planted on a cluttered background, and its exact mask comes with every picture, so that "does the
+model look at the object?" has a known answer. What keeps the class out of everything but the shape:
 
 * every class has the same distribution of object *area*, so counting pixels of a colour says nothing;
 * the object is brighter or darker than its background by a fair coin, so the mean picture of every class is the same
@@ -11,8 +11,8 @@ One of ten shapes is planted on a cluttered background, and the exact mask of th
 The one intended exception is ``rho``: with probability ``rho`` the background comes from the family (hue and
 coarseness) that belongs to the label, otherwise from a family drawn evenly from all ten.
 
-Every number of a picture is a hash of seed, split, index and use (`svit_utils.data.draws`). So a picture is the same
-whatever batch it is made in, and a switch such as ``erase_object`` changes what it names and leaves the rest alone.
+Every random number is a hash of seed, split, index and use (`svit_utils.data.draws`). So a picture is the same in any
+batch, and a switch such as ``erase_object`` changes what it names and leaves the rest alone.
 """
 
 from __future__ import annotations
@@ -71,12 +71,9 @@ class Difficulty:
             low, high = getattr(self, name)
             if not 0 < low <= high < 1:
                 raise ValueError(f"{name} must be (low, high) with 0 < low <= high < 1, got {(low, high)}")
-        if not 0 <= self.rotation <= math.pi:
-            raise ValueError(f"rotation must lie in [0, pi] radians, got {self.rotation}")
-        if not 0 <= self.shift <= 0.5:
-            raise ValueError(f"shift must lie in [0, 0.5], got {self.shift}")
-        if not 0 <= self.brighter <= 1:
-            raise ValueError(f"brighter must lie in [0, 1], got {self.brighter}")
+        for name, largest in (("rotation", math.pi), ("shift", 0.5), ("brighter", 1)):
+            if not 0 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} must lie in [0, {largest:.3g}], got {getattr(self, name)}")
         if self.clutter < 0 or self.texture < 0:
             raise ValueError(f"clutter and texture must not be negative, got {self.clutter} and {self.texture}")
         # The mask is exact only if a pixel of the object can never have the lightness of what it covers.
@@ -127,9 +124,7 @@ class PlantedShapes(Dataset):
         erase_object: leave the object out; the mask still says where it would be.
         difficulty: "easy", "standard", "hard", or a :class:`Difficulty`.
 
-    Raises:
-        ValueError: for an unknown split or difficulty, or a number outside its range.
-        IndexError: for an index outside the set.
+    Raises ValueError for an unknown split or difficulty, or a number outside its range.
     """
 
     classes: tuple[str, ...] = CLASSES
@@ -150,12 +145,9 @@ class PlantedShapes(Dataset):
         if split not in _STREAMS:
             raise ValueError(f"split must be one of {sorted(_STREAMS)}, got {split!r}")
         size = _DEFAULT_SIZE[split] if size is None else size
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
-        if img_size < 16:
-            raise ValueError(f"img_size must be at least 16 pixels, got {img_size}")
-        if distractors < 0:
-            raise ValueError(f"distractors must be 0 or more, got {distractors}")
+        for name, value, least in (("size", size, 1), ("img_size", img_size, 16), ("distractors", distractors, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"rho must lie in [0, 1], got {rho}")
         if isinstance(difficulty, str):
@@ -172,11 +164,8 @@ class PlantedShapes(Dataset):
         return self.size
 
     def __repr__(self) -> str:
-        return (
-            f"PlantedShapes({self.split!r}, size={self.size}, img_size={self.img_size}, seed={self.seed}, "
-            f"distractors={self.distractors}, rho={self.rho}, swap_background={self.swap_background}, "
-            f"erase_object={self.erase_object})"
-        )
+        shown = ("size", "img_size", "seed", "distractors", "rho", "swap_background", "erase_object")
+        return f"PlantedShapes({self.split!r}, {', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]
@@ -187,7 +176,10 @@ class PlantedShapes(Dataset):
         return list(zip(batch.images.unbind(0), batch.labels.tolist(), strict=True))
 
     def batch(self, indices: Iterable[int] | Tensor | int) -> PlantedBatch:
-        """Pictures ``indices`` (negative ones count from the end; an int n means the first n) with masks and labels."""
+        """Pictures ``indices`` (negative ones count from the end; an int n means the first n) with masks and labels.
+
+        Raises IndexError for an index outside the set.
+        """
         if isinstance(indices, int):
             indices = range(indices)
         if isinstance(indices, Tensor):
@@ -210,7 +202,6 @@ class PlantedShapes(Dataset):
         d, size = self.difficulty, self.img_size
         draws = Draws(self.seed, _STREAMS[self.split], index)
         label = index % len(CLASSES)
-
         family = self._families(draws, label)
         middle = draws.between(Use.MIDDLE, 0.5 - _MIDDLE, 0.5 + _MIDDLE)
         sign = np.where(draws.one(Use.SIGN) < d.brighter, np.float32(0.5), np.float32(-0.5))

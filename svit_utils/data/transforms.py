@@ -77,7 +77,7 @@ def small_picture_transform(
 def photograph_transform(
     img_size: int, augment: bool, normalise: Normalisation, crop_pct: float = 0.875
 ) -> Callable[[Any], Tensor]:
-    """For photographs of any size: with ``augment`` a random resized crop and a random flip; else resize, then cut out
+    """For photographs of any size: with ``augment`` a random resized crop and a random flip; else resize, then crop
     the centre, ``crop_pct`` of the side; then normalise."""
     from torchvision import transforms as T
 
@@ -89,9 +89,10 @@ def photograph_transform(
     return T.Compose([*steps, T.ToTensor(), T.Normalize(*normalisation(normalise))])
 
 
-def check_options(transform: object, img_size: int | None, augment: bool) -> None:
-    """Refuse options that would be ignored, and sizes that make no sense."""
+def check_options(transform: object, img_size: int | None, augment: bool, normalise: Normalisation) -> Normalisation:
+    """The pictures' normalisation, "none" with one's own transform; ValueError for options that would be ignored."""
     if transform is not None and augment:
         raise ValueError("give either transform or augment=True, not both: a transform of your own replaces everything")
     if img_size is not None and img_size < 1:
         raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
+    return normalise if transform is None else "none"

@@ -1,7 +1,4 @@
-"""Explanations of a prediction as maps over the image: attention, rollout, Grad-CAM; thin adapters over the real
-libraries."""
-
-from __future__ import annotations
+"""Explanations of a prediction as maps over the image: attention, rollout, Grad-CAM through its two libraries."""
 
 from svit_utils.explain.displayed import displayed, displayed_top
 from svit_utils.explain.export import METHODS, explain_batch, export_maps, load_maps

@@ -35,10 +35,7 @@ def explain_batch(
     """Maps of each of `methods` (names in `METHODS`) for images `x` [B, 3, H, W]: name -> [B, h, w] on the token grid.
 
     `attention_heads` gives [B, H, h, w]. Attention and rollout know no class; `targets` (default: the predicted
-    classes) concerns the two Grad-CAMs.
-
-    Raises:
-        ValueError: an unknown method, or what the methods refuse.
+    classes) concerns the two Grad-CAMs. Raises ValueError for an unknown method, or where a method does.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
@@ -54,16 +51,12 @@ def export_maps(
 ) -> list[Path]:
     """Write `maps` to `path` (.safetensors or .npz); with `images`, PNG overlays into a folder of that name beside it.
 
+    Returns the files written, the numbers first; that file appears complete or not at all. Raises ValueError for
+    another ending, no maps, or another number of maps than of images.
+
     Args:
         images: [B, 3, H, W] in [0, 1], for display (undo the normalisation first).
-        metadata: anything JSON can hold; kept as text in a safetensors header, or as the array `metadata_json` in an
-            npz.
-
-    Returns:
-        The files written, the numbers first. That file appears complete or not at all.
-
-    Raises:
-        ValueError: another ending, no maps, or another number of maps than of images.
+        metadata: anything JSON can hold; in a safetensors header, or the array `metadata_json` of an npz.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".npz"):

@@ -9,8 +9,7 @@ first. Both functions raise ValueError where there is no token grid, or where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,34 +18,26 @@ from torch import Tensor, nn
 from svit_utils.explain.grid import TokenGrid, token_grid, tokens_to_grid
 from svit_utils.explain.model_state import Targets, only_input_gradients, target_classes, unwrap
 
-# (model, images, classes, layer, grid) -> the signed maps [B, h, w], and the gradient on the patch tokens; None for
-# both where the score does not depend on the layer.
-_Library = Callable[[nn.Module, Tensor, list[int], nn.Module, TokenGrid], tuple[Tensor | None, Tensor | None]]
+# The signed maps [B, h, w] and the gradient on the patch tokens; None where the score does not depend on the layer.
+_Found = tuple[Tensor | None, Tensor | None]
 
 
 def default_layer(model: nn.Module) -> nn.Module:
     """The layer whose output Grad-CAM uses by default, just before the last attention.
 
-    It is `blocks[-1].norm1`, or the output of `blocks[-2]` where the norms follow the attention. After its last
-    attention, a model with a class-token head never mixes tokens again: the gradient on the patch tokens there is
-    exactly zero. Pooled models would allow a later layer; the same place keeps their maps comparable.
-
-    Raises:
-        ValueError: the model has no `blocks`, or one that normalises after its attention has no block before it.
+    It is `blocks[-1].norm1`, or the output of `blocks[-2]` where the norms follow the attention; ValueError where there
+    is neither. After its last attention, a model with a class-token head never mixes tokens again: the gradient on the
+    patch tokens there is exactly zero. Pooled models would allow a later layer; the same place keeps maps comparable.
     """
     blocks = getattr(unwrap(model), "blocks", None)
     if blocks is None or len(blocks) == 0:
-        raise ValueError(
-            f"{type(unwrap(model)).__name__} has no `blocks`: give the layer to tap, a module whose output is [B, N, C]"
-        )
+        name = type(unwrap(model)).__name__
+        raise ValueError(f"{name} has no `blocks`: give the layer, a module whose output is [B, N, C]")
     last = blocks[-1]
     if hasattr(last, "norm1") and type(last).__name__ not in ("ResPostBlock", "EvaBlockPostNorm"):
         return last.norm1
     if len(blocks) < 2:
-        raise ValueError(
-            f"{type(last).__name__} normalises after its attention and there is no block before it: give the layer "
-            f"to tap"
-        )
+        raise ValueError(f"{type(last).__name__} normalises after its attention, with no block before: give the layer")
     return blocks[-2]
 
 
@@ -71,7 +62,7 @@ def layer_grad_cam(
 
 
 def _explain(
-    library: _Library, model: nn.Module, x: Tensor, targets: Targets, layer: nn.Module | None, relu: bool
+    library: Callable[..., _Found], model: nn.Module, x: Tensor, targets: Targets, layer: nn.Module | None, relu: bool
 ) -> Tensor:
     model = unwrap(model)
     grid = token_grid(model, x)
@@ -81,17 +72,15 @@ def _explain(
         raw, gradient = library(model, x.detach().clone().requires_grad_(True), classes, layer, grid)
     if raw is None or gradient is None or not bool((gradient != 0).any()):
         raise ValueError(
-            f"the gradient on the patch tokens at {type(layer).__name__} is exactly zero, so a Grad-CAM map there "
-            f"says nothing: with a class-token head tap before the last attention (blocks[-1].norm1, the default); "
-            f"under empty_rows='zero' the class token's rows may all be empty"
+            f"the gradient on the patch tokens at {type(layer).__name__} is exactly zero, so a Grad-CAM map there says "
+            f"nothing: with a class-token head, give a layer before the last attention (blocks[-1].norm1 is the "
+            f"default); under empty_rows='zero' the class token's rows may all be empty"
         )
     raw = raw.detach().to(x.device)
     return raw.clamp_min(0) if relu else raw
 
 
-def _pytorch_grad_cam(
-    model: nn.Module, x: Tensor, classes: list[int], layer: nn.Module, grid: TokenGrid
-) -> tuple[Tensor | None, Tensor | None]:
+def _pytorch_grad_cam(model: nn.Module, x: Tensor, classes: list[int], layer: nn.Module, grid: TokenGrid) -> _Found:
     from pytorch_grad_cam import GradCAM
 
     # Not by calling `cam`, which would rectify the map, rescale it to [0, 1] and resize it.
@@ -105,40 +94,27 @@ def _pytorch_grad_cam(
         return torch.from_numpy(raw), gradient
 
 
-def _captum(
-    model: nn.Module, x: Tensor, classes: list[int], layer: nn.Module, grid: TokenGrid
-) -> tuple[Tensor | None, Tensor | None]:
+def _captum(model: nn.Module, x: Tensor, classes: list[int], layer: nn.Module, grid: TokenGrid) -> _Found:
     from captum.attr import LayerGradCam
 
-    gradients: list[Tensor] = []
-    with _grid_layer(layer, grid) as tap:
-        # A hook on the output's gradient sees the very tensor that Captum averages.
-        watch = tap.register_forward_hook(lambda _module, _args, out: out.register_hook(gradients.append) and None)
-        try:
-            raw = LayerGradCam(model, tap).attribute(x, target=classes)  # [B, 1, h, w]
-        except RuntimeError as error:
-            if "appears to not have been used in the graph" not in str(error):
-                raise
-            return None, None
-        finally:
-            watch.remove()
-    return raw.squeeze(1), gradients[-1] if gradients else None
-
-
-@contextmanager
-def _grid_layer(layer: nn.Module, grid: TokenGrid) -> Iterator[nn.Module]:
-    """Send the patch tokens of `layer`'s output through an identity module as [B, C, h, w], and put them back.
-
-    Captum reads the identity's output correctly, and the model computes what it did before.
-    """
-    tap = nn.Identity()
+    # A module whose output Captum reads correctly: the patch tokens go through it as [B, C, h, w], and are put back.
+    tap, gradients = nn.Identity(), list[Tensor]()
 
     def through_tap(_module, _args, tokens: Tensor) -> Tensor:
         patches = tap(tokens_to_grid(tokens, grid)).flatten(2).transpose(1, 2)  # [B, h*w, C]
         return torch.cat([tokens[:, : grid.num_prefix], patches], dim=1)  # [B, N, C]
 
-    handle = layer.register_forward_hook(through_tap)
+    def watch(_module, _args, output: Tensor) -> None:
+        output.register_hook(gradients.append)  # sees the very gradient that Captum averages
+
+    handles = [layer.register_forward_hook(through_tap), tap.register_forward_hook(watch)]
     try:
-        yield tap
+        raw = LayerGradCam(model, tap).attribute(x, target=classes)  # [B, 1, h, w]
+    except RuntimeError as error:
+        if "appears to not have been used in the graph" not in str(error):
+            raise
+        return None, None
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return raw.squeeze(1), gradients[-1] if gradients else None

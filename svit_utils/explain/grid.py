@@ -29,14 +29,9 @@ class TokenGrid:
         return self.height, self.width
 
     @property
-    def num_patches(self) -> int:
-        """Patch tokens alone."""
-        return self.height * self.width
-
-    @property
     def num_tokens(self) -> int:
         """Prefix and patch tokens together: the N of the attention matrix."""
-        return self.num_prefix + self.num_patches
+        return self.num_prefix + self.height * self.width
 
 
 def token_grid(model: nn.Module, x: Tensor) -> TokenGrid:
@@ -46,9 +41,8 @@ def token_grid(model: nn.Module, x: Tensor) -> TokenGrid:
     with registers, 0 for SigLIP). The grid is asked of the patch embedding for this image size, so that non-square and
     dynamic sizes come out right.
 
-    Raises:
-        ValueError: there is no single grid of tokens (NaFlexViT with variable sequences, hybrids such as MobileViT,
-            hierarchical models).
+    Raises ValueError where there is no single grid (NaFlexViT with variable sequences, hybrids such as MobileViT,
+    hierarchical models).
     """
     model = unwrap(model)
     if x.ndim != 4:
@@ -59,31 +53,24 @@ def token_grid(model: nn.Module, x: Tensor) -> TokenGrid:
     if patch_embed is None or not isinstance(prefix, int):
         missing = "patch_embed" if patch_embed is None else "num_prefix_tokens"
         raise ValueError(f"no token grid can be established for {name}: it has no `{missing}`; {_SUPPORTED}")
-    image = (int(x.shape[-2]), int(x.shape[-1]))
     if hasattr(patch_embed, "dynamic_feat_size"):
-        height, width = patch_embed.dynamic_feat_size(image)
+        height, width = patch_embed.dynamic_feat_size((int(x.shape[-2]), int(x.shape[-1])))
     elif getattr(patch_embed, "grid_size", None) is not None:
         height, width = patch_embed.grid_size
     else:
-        raise ValueError(
-            f"no token grid can be established for {name}: its {type(patch_embed).__name__} tells no grid; {_SUPPORTED}"
-        )
+        kind = type(patch_embed).__name__
+        raise ValueError(f"no token grid can be established for {name}: its {kind} tells no grid; {_SUPPORTED}")
     return TokenGrid(prefix, int(height), int(width))
 
 
 def tokens_to_grid(tokens: Tensor, grid: TokenGrid) -> Tensor:
-    """[B, N, C] tokens -> [B, C, h, w], prefix tokens left out.
-
-    Raises:
-        ValueError: `tokens` is not [B, N, C] with the grid's N.
-    """
+    """[B, N, C] tokens, with the grid's N (else ValueError) -> [B, C, h, w], prefix tokens left out."""
     if tokens.ndim != 3 or tokens.shape[1] != grid.num_tokens:
         raise ValueError(
             f"expected tokens [B, {grid.num_tokens}, C] ({grid.num_prefix} prefix + {grid.height} x {grid.width} "
             f"patches), got shape {tuple(tokens.shape)}; {_SUPPORTED}"
         )
-    patches = tokens[:, grid.num_prefix :]  # [B, h*w, C]
-    return patches.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid.height, grid.width)  # [B, C, h, w]
+    return tokens[:, grid.num_prefix :].transpose(1, 2).unflatten(2, grid.size)  # [B, C, h, w]
 
 
 def readout_rows(model: nn.Module, grid: TokenGrid) -> Tensor:

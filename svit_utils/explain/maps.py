@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from timm.layers.attention import Attention, AttentionRope
@@ -22,15 +23,12 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     These are the sparse ones, and timm's `Attention`, `AttentionRope` and `EvaAttention` with timm's own forward. A
     subclass with another forward is left out: the weights read from it might not be those that it multiplies with V.
     """
-    found = {}
-    for name, module in unwrap(model).named_modules():
-        dense = (
-            isinstance(module, cls) and type(module).forward is cls.forward
-            for cls in (Attention, AttentionRope, EvaAttention)
-        )
-        if isinstance(module, SparseAttentionMixin) or any(dense):
-            found[name] = module
-    return found
+
+    def readable(module: nn.Module) -> bool:
+        dense = (c for c in (Attention, AttentionRope, EvaAttention) if isinstance(module, c))
+        return isinstance(module, SparseAttentionMixin) or any(type(module).forward is c.forward for c in dense)
+
+    return {name: module for name, module in unwrap(model).named_modules() if readable(module)}
 
 
 def _select(names: list[str], layers: Sequence[int | str] | int | str | None) -> list[str]:
@@ -49,25 +47,6 @@ def _select(names: list[str], layers: Sequence[int | str] | int | str | None) ->
                 f"names {', '.join(names)}"
             )
     return [name for name in names if name in picked]
-
-
-@contextmanager
-def _recording(module: nn.Module, name: str, store: dict[str, Tensor]) -> Iterator[None]:
-    """Put the weights of `module`'s next forward pass in `store[name]`.
-
-    A fused kernel never forms the weights. Unfused, timm's modules and the sparse ones hand them to `attn_drop` just
-    before they multiply them with V, and in evaluation mode that module changes nothing.
-    """
-    fused = module.fused_attn
-    module.fused_attn = False
-    handle = module.attn_drop.register_forward_hook(
-        lambda _module, _args, weights: store.__setitem__(name, weights.detach())
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-        module.fused_attn = fused
 
 
 @torch.no_grad()
@@ -95,10 +74,18 @@ def attention_maps(
         )
     names = _select(list(modules), layers)
     store: dict[str, Tensor] = {}
+
+    def keep(name: str, _module: nn.Module, _args: object, weights: Tensor) -> None:
+        store[name] = weights.detach()
+
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for name in names:
-            stack.enter_context(_recording(modules[name], name, store))
+            # A fused kernel never forms the weights. Unfused, timm's modules and the sparse ones hand them to
+            # `attn_drop`, which changes nothing in evaluation mode, just before they multiply them with V.
+            stack.callback(setattr, modules[name], "fused_attn", modules[name].fused_attn)
+            modules[name].fused_attn = False
+            stack.callback(modules[name].attn_drop.register_forward_hook(partial(keep, name)).remove)
         model(x)
     return {name: store[name] for name in names if name in store}
 
@@ -106,30 +93,21 @@ def attention_maps(
 def maps_on_grid(
     model: nn.Module, x: Tensor, layers: Sequence[int | str] | int | str | None = None
 ) -> tuple[dict[str, Tensor], TokenGrid]:
-    """`attention_maps`, checked to be over the tokens of the model's grid, and that grid.
-
-    Raises:
-        ValueError: as `attention_maps` and `token_grid`; a layer over other tokens.
-    """
+    """`attention_maps`, checked to be over the tokens of the model's grid (else ValueError), and that grid."""
     grid = token_grid(model, x)
     maps = attention_maps(model, x, layers)
     for name, weights in maps.items():
         if weights.shape[-1] != grid.num_tokens:
-            raise ValueError(
-                f"layer {name} attends over {weights.shape[-1]} tokens, the model's grid has {grid.num_tokens}"
-            )
+            tokens = weights.shape[-1]
+            raise ValueError(f"layer {name} attends over {tokens} tokens, the model's grid has {grid.num_tokens}")
     return maps, grid
 
 
 def class_attention(model: nn.Module, x: Tensor, layer: int | str = -1) -> Tensor:
     """Attention of the classifier's token to every patch, per head: [B, H, h, w].
 
-    The query is the class token (distilled DeiT: class and distillation token, averaged). Models without a class-token
-    head pool patch tokens, so there the average over all patch queries is taken. Mass on prefix tokens is left out: a
-    map sums to at most 1.
-
-    Raises:
-        ValueError: as `maps_on_grid`.
+    The average over the tokens that the classifier reads is taken, see `readout_rows`. Mass on prefix tokens is left
+    out: a map sums to at most 1. Errors as for `maps_on_grid`.
     """
     maps, grid = maps_on_grid(model, x, layer)
     (weights,) = maps.values()  # [B, H, N, N]
@@ -139,10 +117,8 @@ def class_attention(model: nn.Module, x: Tensor, layer: int | str = -1) -> Tenso
 def upsample(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """[..., h, w] maps on the token grid -> [..., H, W] on the image.
 
-    `nearest` keeps the patches visible; `bilinear` (default) is what Grad-CAM figures usually show.
-
-    Raises:
-        ValueError: fewer than two dimensions.
+    `nearest` keeps the patches visible; `bilinear` (default) is what Grad-CAM figures usually show. Raises ValueError
+    for fewer than two dimensions.
     """
     if maps.ndim < 2:
         raise ValueError(f"maps must be [..., h, w], got shape {tuple(maps.shape)}")

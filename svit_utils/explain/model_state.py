@@ -51,11 +51,7 @@ def only_input_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def target_classes(model: nn.Module, x: Tensor, targets: Targets) -> list[int]:
-    """The class explained for each image of `x` [B, 3, H, W]; with `targets` None the model's own prediction.
-
-    Raises:
-        ValueError: another number of targets than images.
-    """
+    """The class explained for each image of `x` [B, 3, H, W]; ValueError for another number of targets than images."""
     if targets is None:
         with torch.no_grad():
             return model(x).argmax(dim=-1).tolist()

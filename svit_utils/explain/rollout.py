@@ -16,15 +16,9 @@ def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: floa
 
         A_l = (1 - residual) fuse(W_l) + residual I, each row divided by its sum;   rollout = A_L ... A_2 A_1
 
-    The division matters where rows do not sum to 1: after fusing heads by max or min, and where the threshold emptied
-    rows. A row that is zero throughout (emptied, with residual 0) stays zero.
-
-    Args:
-        head_fusion: "mean", "max" or "min" over the heads.
-        residual: weight of the residual connection, in [0, 1).
-
-    Raises:
-        ValueError: no map, maps that are not square and of one size, an unknown fusion, or `residual` out of range.
+    with `fuse` the mean, max or min over heads, and `residual` in [0, 1). The division matters where rows do not sum to
+    1: after fusing by max or min, and where the threshold emptied rows. A row that is zero throughout (emptied, with
+    residual 0) stays zero. Raises ValueError for other settings, and maps that are not square and of one size.
     """
     if not maps:
         raise ValueError("rollout needs the map of at least one layer")
@@ -51,15 +45,10 @@ def attention_rollout(
 ) -> Tensor:
     """How much of each patch reaches the classifier's token when attention is followed through all layers: [B, h, w].
 
-    The row of the class token is read (distilled DeiT: mean over class and distillation token). Mean-pooled and
-    attention-pooled models have no such row: there the average over the rows of all patch tokens is read. What flows
-    from prefix tokens is left out, so a map sums to at most 1. Layers before `start_layer` are left out of the product.
-
-    Rollout follows the value path only, treats all values alike, leaves out projections and MLPs, and knows no class:
-    it is not evidence *for* a label.
-
-    Raises:
-        ValueError: as `rollout_matrix` and `maps_on_grid`; no such `start_layer`.
+    The average over the tokens that the classifier reads is taken, see `readout_rows`. What flows from prefix tokens is
+    left out, so a map sums to at most 1, and so are layers before `start_layer`. Rollout follows the value path only,
+    treats all values alike, leaves out projections and MLPs, and knows no class: it is not evidence *for* a label.
+    Raises ValueError for an unknown layer, and as `rollout_matrix` and `maps_on_grid`.
     """
     maps, grid = maps_on_grid(model, x)
     if not 0 <= start_layer < len(maps):

@@ -1,13 +1,6 @@
 """The referee: scores of explanations against known answers, baselines, sanity checks, nulls, intervals."""
 
-from __future__ import annotations
-
-from svit_utils.referee.background import (
-    background_accuracy,
-    background_mass,
-    distractor_mass,
-    distractor_share,
-)
+from svit_utils.referee.background import background_accuracy, background_mass, distractor_mass, distractor_share
 from svit_utils.referee.baselines import centre_maps, edge_maps, random_maps, uniform_maps
 from svit_utils.referee.curves import curve_area, deletion_curve, insertion_curve
 from svit_utils.referee.faithfulness import faithfulness_scores
@@ -34,12 +27,7 @@ from svit_utils.referee.statistics import (
     paired_bootstrap,
     student_interval,
 )
-from svit_utils.referee.zeros import (
-    normaliser_effect,
-    reachability,
-    reachability_table,
-    value_path_certificate,
-)
+from svit_utils.referee.zeros import normaliser_effect, reachability, reachability_table, value_path_certificate
 
 __all__ = [
     "Comparison",

@@ -57,10 +57,8 @@ def distractor_regions(images_with: Tensor, images_without: Tensor, masks: Tenso
     """
     expected = (images_with.shape[0], *images_with.shape[-2:])
     if images_with.ndim != 4 or images_with.shape != images_without.shape or tuple(masks.shape) != expected:
-        raise ValueError(
-            f"images must be [B, C, H, W] twice and masks [B, H, W], got {tuple(images_with.shape)}, "
-            f"{tuple(images_without.shape)} and {tuple(masks.shape)}"
-        )
+        shapes = ", ".join(str(tuple(t.shape)) for t in (images_with, images_without, masks))
+        raise ValueError(f"images must be [B, C, H, W] twice and masks [B, H, W], got {shapes}")
     if masks.dtype != torch.bool:
         raise ValueError(f"masks must be boolean, got {masks.dtype}")
     return (images_with != images_without).any(dim=1) & ~masks

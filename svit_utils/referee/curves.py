@@ -35,16 +35,12 @@ def deletion_curve(
     probability can fall because of the patch's edges: `road` was made to avoid that.
 
     Args:
-        x, maps, targets: see `svit_utils.referee.inputs`.
-        steps: number of equal shares taken away one after the other.
+        x, maps, targets: see `svit_utils.referee.inputs`; ValueError for others.
         fill: what is painted, in the units of the normalised images; 0 is grey.
         seed: of the order among tied cells.
-
-    Raises:
-        ValueError: shapes that do not fit, maps that are not finite, unknown classes, steps below 1.
     """
-    maps = check_maps(maps, x)
-    return _curve(model, filled(x, fill), x, x, maps, targets, steps, seed, batch_size)
+    order = places(check_maps(maps, x), seed)
+    return _curve(model, x, filled(x, fill), x, order, targets, steps, batch_size)
 
 
 def insertion_curve(
@@ -68,17 +64,16 @@ def insertion_curve(
         start: "blur" begins with the blurred image, as RISE does, which avoids edges between grey and picture; "fill"
             with a picture of `fill` throughout.
     """
-    maps = check_maps(maps, x)
-    blank = filled(x, fill)
+    order, blank = places(check_maps(maps, x), seed), filled(x, fill)
     if start not in ("blur", "fill"):
         raise ValueError(f"unknown start {start!r}: allowed are 'blur', 'fill'")
-    return _curve(model, x, blurred(x) if start == "blur" else blank, x, maps, targets, steps, seed, batch_size)
+    return _curve(model, x, x, blurred(x) if start == "blur" else blank, order, targets, steps, batch_size)
 
 
 def blurred(x: Tensor) -> Tensor:
     """`x` under a Gaussian whose standard deviation is an eighth of the shorter side.
 
-    That is wide enough to make a shape that fills half of the picture unrecognisable; RISE's 5 pixels at 224 px are not.
+    That makes a shape that fills half of the picture unrecognisable, which RISE's 5 pixels at 224 px do not.
     """
     from torchvision.transforms.functional import gaussian_blur
 
@@ -88,28 +83,21 @@ def blurred(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _curve(
-    model: nn.Module,
-    top: Tensor,
-    rest: Tensor,
-    clean: Tensor,
-    maps: Tensor,
-    targets: Targets,
-    steps: int,
-    seed: int,
-    batch_size: int,
+    model: nn.Module, x: Tensor, top: Tensor, rest: Tensor, order: Tensor, targets: Targets, steps: int, batch_size: int
 ) -> Tensor:
-    """p_c of the picture that shows `top` on the highest k / steps of the cells and `rest` elsewhere: [B, steps + 1]."""
+    """p_c of pictures that show `top` on the first k / steps of the cells and `rest` elsewhere: [B, steps + 1].
+
+    `order` [B, h, w] has each cell's place, see `places`; `x` are the clean images.
+    """
     check_count("steps", steps)
-    order = places(maps, seed)
-    cells = order[0].numel()
-    counts = torch.tensor([round(k * cells / steps) for k in range(steps + 1)])
+    counts = torch.tensor([round(k * order[0].numel() / steps) for k in range(steps + 1)])
     values = []
     with evaluating(model):
-        classes = explained_classes(model, clean, targets, batch_size)
+        classes = explained_classes(model, x, targets, batch_size)
         for pairs in torch.arange(len(order) * (steps + 1)).split(batch_size):
             image, step = pairs // (steps + 1), pairs % (steps + 1)
-            taken = to_pixels(order[image] < counts[step, None, None], clean).to(clean.device)  # [b, H, W]
-            on_device = image.to(clean.device)
+            taken = to_pixels(order[image] < counts[step, None, None], x).to(x.device)  # [b, H, W]
+            on_device = image.to(x.device)
             pictures = torch.where(taken[:, None], top[on_device], rest[on_device])  # [b, C, H, W]
             values.append(probability(model, pictures, classes[image]))
     return torch.cat(values).view(len(order), steps + 1)

@@ -1,6 +1,6 @@
 """Infidelity: Yeh et al. 2019 (arXiv:1901.09392), through `captum.metrics.infidelity`.
 
-infidelity = mean over perturbations I of (beta I . map - (f_c(x) - f_c(x - I)))^2,   f_c the logit of the class
+With f_c the logit of the class: mean over perturbations I of (beta I . map - (f_c(x) - f_c(x - I)))^2.
 """
 
 from __future__ import annotations
@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svit_utils.explain.model_state import Targets, evaluating
-from svit_utils.referee.inputs import (
-    check_count,
-    check_maps,
-    explained_classes,
-    filled,
-    scaled_by_peak,
-    to_pixels,
-)
+from svit_utils.referee.inputs import check_count, check_maps, explained_classes, filled, scaled_by_peak, to_pixels
 
 
 @torch.no_grad()
@@ -38,26 +31,23 @@ def infidelity(
     paints a random square of cells with `fill` (Yeh's square removal). The map is spread over its patches' pixels.
 
     The scale of a map is arbitrary, so the one factor beta per image that fits best is used (Captum's normalize=True).
-    It may be negative: a map and its negative score the same, so this score does not see an inverted map; the others
-    do. A constant map forecasts a change in proportion to the area removed, and is a baseline to beat. Logits differ in
-    scale between models and images: compare maps of the same ones.
+    It may be negative, so that this score, unlike the others, does not tell a map from its negative. A constant map
+    forecasts a change in proportion to the area removed, and is a baseline to beat. Logits differ in scale between
+    models and images: compare maps of the same ones.
 
     Args:
-        x, maps, targets: see `svit_utils.referee.inputs`.
+        x, maps, targets: see `svit_utils.referee.inputs`; ValueError for others.
+        perturbations: squares drawn per image; one forward pass each.
         multiply_by_inputs: what the map's values mean, named as in Captum. True (default): what a cell contributes, as
             in Grad-CAM, attention, rollout or gradient x input; the perturbation I is 1 on the cells removed and 0
             elsewhere. False: a slope per pixel, as in a gradient; I = x - x_perturbed.
-        perturbations: squares drawn per image; one forward pass each.
         fill: what is painted, in the units of the normalised images; 0 is grey.
-
-    Raises:
-        ValueError: shapes that do not fit, maps that are not finite, unknown classes, perturbations below 1.
     """
     from captum.metrics import infidelity as captum_infidelity
 
     maps = scaled_by_peak(check_maps(maps, x))
     check_count("perturbations", perturbations)
-    filled(x, fill)
+    blank = filled(x, fill)[:1]
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(x), perturbations, 3, generator=generator, dtype=torch.float64)
     scores = []
@@ -70,7 +60,7 @@ def infidelity(
 
             def perturb(repeated: Tensor, removed: Tensor = removed) -> tuple[Tensor, Tensor]:
                 # Captum repeats image by image, which is the order of `removed`.
-                perturbed = torch.where(removed, repeated.new_full((), fill), repeated)
+                perturbed = torch.where(removed, blank, repeated)
                 change = removed.expand_as(repeated) if multiply_by_inputs else repeated - perturbed
                 return change.double(), perturbed
 

@@ -38,10 +38,8 @@ def check_maps(maps: Tensor, x: Tensor | None = None) -> Tensor:
     if x is not None:
         check_images(x)
         if len(maps) != len(x) or x.shape[-2] % maps.shape[-2] or x.shape[-1] % maps.shape[-1]:
-            raise ValueError(
-                f"maps must be [B, h, w] with h dividing H and w dividing W of the images [B, C, H, W], "
-                f"got maps {tuple(maps.shape)} for images {tuple(x.shape)}"
-            )
+            allowed = "[B, h, w] with h dividing H and w dividing W of the images [B, C, H, W]"
+            raise ValueError(f"maps must be {allowed}, got maps {tuple(maps.shape)} for images {tuple(x.shape)}")
     return maps
 
 

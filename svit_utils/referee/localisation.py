@@ -1,11 +1,10 @@
 """Does a map lie on the object? Four scores [B] of maps [B, H, W] against masks bool [B, H, W], True on the object.
 
-Each is 1 for the mask itself. Three are 0 for its complement; average precision looks at order alone and gives the
-complement, in which all of the object is tied, the object's share of the image. A blank map scores what chance gives:
-the object's share a of the image (a / (2 - a) in IoU). No score depends on the order in which pixels are stored: in the
-pointing game and the IoU, ties get what breaking them at random would give on average; in average precision, tied
-pixels enter together. All raise ValueError for other shapes, masks that are not boolean or hold no object, NaN and
-infinity.
+Each is 1 for the mask itself. Three are 0 for its complement, which average precision, looking at order alone, scores
+like a blank map. A blank map gets what chance gives: the object's share a of the image (a / (2 - a) in IoU). No score
+depends on the order in which pixels are stored: in the pointing game and the IoU, ties get what breaking them at random
+would give on average; in average precision, tied pixels enter together. All scores are on the CPU, and all raise
+ValueError for other shapes, masks that are not boolean or hold no object, NaN and infinity.
 """
 
 from __future__ import annotations
@@ -13,26 +12,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svit_utils.referee.inputs import scaled_by_peak
+from svit_utils.referee.inputs import check_maps, scaled_by_peak
 
 
 def _flatten(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked and flattened to [B, H*W]: maps in float64, masks boolean."""
-    maps, masks = torch.as_tensor(maps), torch.as_tensor(masks)
+    """Checked and flattened to [B, H*W], on the CPU: maps in float64, masks boolean."""
+    maps, masks = torch.as_tensor(maps), torch.as_tensor(masks).cpu()
     if maps.ndim != 3 or maps.shape != masks.shape:
-        raise ValueError(
-            f"maps and masks must both be [B, H, W], got {tuple(maps.shape)} and {tuple(masks.shape)}: upsample the "
-            f"maps first"
-        )
+        shapes = f"{tuple(maps.shape)} and {tuple(masks.shape)}"
+        raise ValueError(f"maps and masks must both be [B, H, W], got {shapes}: upsample the maps first")
     if masks.dtype != torch.bool:
         raise ValueError(f"masks must be boolean, got {masks.dtype}")
-    maps = maps.detach().flatten(1).double()
-    masks = masks.to(maps.device).flatten(1)
-    if not bool(torch.isfinite(maps).all()):
-        raise ValueError("maps must be finite: NaN or infinity found")
-    if not bool(masks.any(dim=1).all()):
+    if not bool(masks.flatten(1).any(dim=1).all()):
         raise ValueError("every mask must contain at least one pixel of the object")
-    return maps, masks
+    return check_maps(maps).flatten(1), masks.flatten(1)
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Max-sensitivity: Yeh et al. 2019 (arXiv:1901.09392), through `captum.metrics.sensitivity_max`.
 
-max-sensitivity = max over noise e, |e| <= radius in every value, of ||map(x + e) - map(x)|| / ||map(x)||
+Over noise e with every value in [-radius, radius]: max ||map(x + e) - map(x)|| / ||map(x)||.
 """
 
 from __future__ import annotations
@@ -32,16 +32,13 @@ def max_sensitivity(
     that ignores the image scores a perfect 0: a low score is necessary for a good map and no evidence of one.
 
     Args:
-        x, targets: see `svit_utils.referee.inputs`.
+        x, targets: see `svit_utils.referee.inputs`; ValueError for others, or for maps that are not finite.
         explain: (model, images [n, C, H, W], classes [n]) -> maps [n, h, w]. It may differentiate with respect to the
             images. The class of an image is fixed on the clean one and goes with its noisy copies, so a prediction that
             flips is not counted as a change of the map.
         radius: in the units of the normalised images.
         samples: noisy copies per image.
         seed: of the noise, and of what `explain` draws from torch's global CPU generator.
-
-    Raises:
-        ValueError: images or maps of another shape, maps that are not finite, unknown classes, radius not positive.
     """
     from captum.metrics import sensitivity_max
 
@@ -70,8 +67,7 @@ def max_sensitivity(
         with torch.no_grad():
             classes = explained_classes(model, x, targets, batch_size)
         for part in torch.arange(len(x)).split(max(1, batch_size // samples)):
-            images = x[part.to(x.device)].detach()
             # Under the name `target` Captum repeats the classes as it repeats the images.
             options = {"perturb_func": jitter, "n_perturb_samples": samples, "target": classes[part]}
-            scores.append(sensitivity_max(explained, images, **options))
+            scores.append(sensitivity_max(explained, x[part.to(x.device)].detach(), **options))
     return torch.cat(scores)

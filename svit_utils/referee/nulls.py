@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,29 +62,23 @@ def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Ten
     """One forward pass of `x` [B, 3, H, W]: layer name -> (q, k), each [B, H, N, D], after the norms of q and k.
 
     q carries the factor D ** -0.5, so that q @ k.transpose(-2, -1) are the logits [B, H, N, N] before the softmax,
-    which a fused kernel never forms.
-
-    Raises:
-        ValueError: no attention; one that is not timm's `Attention` (others may rotate q and k, or do anything); one
-            that is called with a mask.
+    which a fused kernel never forms. Raises ValueError for a model without attention, with one that is not timm's
+    `Attention` (others may rotate q and k, or do anything), or with one that is called with a mask.
     """
     model = unwrap(model)
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def catch(name: str):
-        def hook(module, args, kwargs):
-            if kwargs.get("attn_mask") is not None or kwargs.get("is_causal") or len(args) > 1:
-                raise ValueError(f"{name} is called with a mask, which q and k alone do not show: leave it out")
-            qkv = module.qkv(args[0]).unflatten(-1, (3, module.num_heads, -1))  # [B, N, 3, H, D]
-            q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D] each
-            found[name] = (module.q_norm(q) * module.scale, module.k_norm(k))
-
-        return hook
+    def catch(name, module, args, kwargs):
+        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal") or len(args) > 1:
+            raise ValueError(f"{name} is called with a mask, which q and k alone do not show: leave it out")
+        qkv = module.qkv(args[0]).unflatten(-1, (3, module.num_heads, -1))  # [B, N, 3, H, D]
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D] each
+        found[name] = (module.q_norm(q) * module.scale, module.k_norm(k))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for name, module in _plain_attention(model).items():
-            stack.callback(module.register_forward_pre_hook(catch(name), with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(partial(catch, name), with_kwargs=True).remove)
         model(x)
     return found
 
@@ -91,15 +86,12 @@ def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Ten
 def row_statistics(scores: Tensor, tau: float) -> dict[str, Tensor]:
     """What a cut at `tau` does to each row of logits `scores` [..., N, M], before any fallback: each entry [..., N].
 
-    With p the softmax of the row, S = {j : p_j > tau} and A the row cut and renormalised:
+    With p the row's softmax, S = {j : p_j > tau} and A the row cut and renormalised (ValueError for tau not in [0, 1)):
 
     * `cut_sparsity`: share of the M keys with p_j <= tau,
     * `kept_mass`: sum of p over S,
-    * `effective_support`: 1 / sum(A^2), the number of keys that even weights would need for the same; 0 where S is
-      empty,
+    * `effective_support`: 1 / sum(A^2), as many keys with even weights would give the same; 0 where S is empty,
     * `empty`: boolean, S is empty.
-
-    Raises ValueError for tau outside [0, 1).
     """
     check_tau(tau)
     probs = scores.softmax(dim=-1)  # [..., N, M]
@@ -137,10 +129,6 @@ def sparsity_against_nulls(model: nn.Module, x: Tensor, tau: float = 0.01, *, se
     The cut is applied to the logits, of sparse and of dense layers alike: for a dense model the numbers say what a cut
     *would* take, and in a sparse one an empty row counts as empty, whatever it falls back to.
 
-    Args:
-        x: at least two images, because `other_image` needs a second one.
-        seed: of the two nulls that draw numbers.
-
     Returns:
         A row per `layer`, `head`, `queries` ("all", and "class" for the class token's row alone, where the model has
         one) and `source`:
@@ -153,8 +141,8 @@ def sparsity_against_nulls(model: nn.Module, x: Tensor, tau: float = 0.01, *, se
         Columns: `cut_sparsity`, `kept_mass`, `effective_support` and `empty_rate`, means over images and queries as in
         `row_statistics`, and `floor`, the cut sparsity that no attention can fall below (`sparsity_floor`).
 
-    Raises:
-        ValueError: fewer than two images, tau outside [0, 1), or what `queries_and_keys` refuses.
+    Raises ValueError for fewer than two images ("other_image" needs a second one), tau outside [0, 1), or where
+    `queries_and_keys` does.
     """
     import pandas as pd
 

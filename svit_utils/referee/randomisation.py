@@ -38,8 +38,7 @@ class RandomisationCheck:
 def _stages(model: nn.Module) -> dict[str, list[str]]:
     """Parameter names by stage, from the head down to the embedding; learnable thresholds are left out."""
     names = [name for name, _ in model.named_parameters() if ".threshold." not in f".{name}."]
-    last = ("head", "head_dist", "fc_norm", "norm", "attn_pool")
-    stages = {"head": [n for n in names if n.split(".")[0] in last]}
+    stages = {"head": [n for n in names if n.split(".")[0] in ("head", "head_dist", "fc_norm", "norm", "attn_pool")]}
     for index in reversed(range(len(getattr(model, "blocks", ())))):
         stages[f"blocks.{index}"] = [n for n in names if n.startswith(f"blocks.{index}.")]
     taken = {n for stage in stages.values() for n in stage}
@@ -80,12 +79,7 @@ def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def weight_randomisation(
-    model: nn.Module,
-    x: Tensor,
-    explain: Callable[[nn.Module, Tensor], Tensor],
-    *,
-    mode: str = "full",
-    seed: int = 0,
+    model: nn.Module, x: Tensor, explain: Callable[[nn.Module, Tensor], Tensor], *, mode: str = "full", seed: int = 0
 ) -> RandomisationCheck:
     """Rank correlation between the maps of `model` and those of the same model with weights shuffled.
 
@@ -94,18 +88,13 @@ def weight_randomisation(
     Args:
         explain: (model, x) -> maps [B, h, w]. Fix the class in it (`lambda m, x: grad_cam(m, x, targets)`): left to
             the prediction, it changes with the weights.
-        mode: "full" shuffles all weights at once; "cascading" from the head downwards, a stage per block, each on top
-            of the last.
-
-    Raises:
-        ValueError: an unknown mode, or "cascading" for a model without `blocks`.
+        mode: "full" shuffles all weights at once; "cascading" (for models with `blocks`, else ValueError) from the head
+            downwards, a stage per block, each on top of the last.
     """
     if mode not in ("full", "cascading"):
         raise ValueError(f"unknown mode {mode!r}: allowed are 'full', 'cascading'")
     if mode == "cascading" and not len(getattr(model, "blocks", ())):
-        raise ValueError(
-            f"cascading randomisation goes block by block and {type(model).__name__} has no `blocks`: use mode='full'"
-        )
+        raise ValueError(f"cascading goes block by block and {type(model).__name__} has no `blocks`: use mode='full'")
     original = explain(model, x)
     if mode == "full":
         correlation = _rank_correlation(original, explain(randomise_weights(model, seed=seed), x))

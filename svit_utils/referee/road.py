@@ -29,19 +29,15 @@ def road(
     pixels are filled in from their neighbours by solving a linear system, with a little noise, so that the shape of
     what was removed is not itself a clue. Unchanged by any increasing transformation of the map.
 
-    Which pixels go, and the filling in, are pytorch-grad-cam's (`RemoveMostRelevantFirst`, `RemoveLeastRelevantFirst`,
-    `NoisyLinearImputer`). On maps without ties the result is that of its `ROADCombined` with
-    `ClassifierOutputSoftmaxTarget`. On tied values (many exact zeros: Grad-CAM after its ReLU, thresholded attention)
-    the library removes every tied pixel at once, at worst the whole picture. So it is given the cells' ranks here, with
-    ties broken at random, and the same share is removed whatever the map.
+    Removal and filling in are pytorch-grad-cam's, and on maps without ties the result is that of its `ROADCombined`
+    with `ClassifierOutputSoftmaxTarget`. Of tied values (the many zeros of Grad-CAM after its ReLU, or of thresholded
+    attention) the library removes all pixels at once, at worst the whole picture. So it is given the cells' ranks here,
+    with ties broken at random, and the same share is removed whatever the map.
 
     Args:
-        x, maps, targets: see `svit_utils.referee.inputs`.
+        x, maps, targets: see `svit_utils.referee.inputs`; ValueError for others.
         percentiles: shares that are *kept*, in per cent, as the library counts; each below 100 and at least one cell.
         seed: of the order among tied cells and of the noise.
-
-    Raises:
-        ValueError: shapes that do not fit, maps that are not finite, unknown classes, percentiles out of range.
     """
     from pytorch_grad_cam.metrics.perturbation_confidence import RemoveLeastRelevantFirst, RemoveMostRelevantFirst
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer
@@ -49,10 +45,8 @@ def road(
     maps = check_maps(maps, x)
     cells, percentiles = maps[0].numel(), list(percentiles)
     if not percentiles or not all(100 / cells <= p < 100 for p in percentiles):
-        raise ValueError(
-            f"percentiles must be a non-empty sequence in [{100 / cells:g}, 100) for maps of {cells} cells: at "
-            f"least one cell is kept; got {percentiles}"
-        )
+        allowed = f"a non-empty sequence in [{100 / cells:g}, 100) for maps of {cells} cells (at least one is kept)"
+        raise ValueError(f"percentiles must be {allowed}, got {percentiles}")
     # Whole numbers below 2**24, and one minus them, are exact in float32.
     ranks = to_pixels(cells - 1 - places(maps, seed), x).float()  # [B, H, W]
     images, imputer, scores = x.detach().cpu().float(), NoisyLinearImputer(), []

@@ -127,7 +127,7 @@ def crossed_bootstrap(difference: Any, *, confidence: float = 0.95, resamples: i
     variance that it gives the mean is sum a^2 / S^2 + sum b^2 / n^2 + sum e^2 / (S n)^2.
 
     With one seed, or seeds that all agree, it is the bootstrap over images. Where the seeds decide and are few it is
-    too narrow: sum a^2 / S^2 falls short by the factor (S - 1) / S, and there are no t quantiles. Read it beside
+    too narrow (sum a^2 / S^2 is too small by the factor (S - 1) / S, and there are no t quantiles): read it beside
     `student_interval` of the means per seed, as `compare` does.
     """
     table = _table("difference", difference, confidence)
@@ -166,9 +166,7 @@ class Comparison:
     @property
     def wider(self) -> Interval:
         """The wider of the two intervals: the one to show where there is room for one."""
-        if self.seeds is None or self.images.width >= self.seeds.width:
-            return self.images
-        return self.seeds
+        return max(filter(None, (self.images, self.seeds)), key=lambda interval: interval.width)
 
     def verdict(self, p_adjusted: float, alpha: float = 0.05) -> str:
         """Is a above b, by the p value that is left after `holm`? "higher", "lower" or "open".
@@ -186,15 +184,6 @@ class Comparison:
         return "higher" if self.mean > 0 else "lower"
 
 
-def _student_p(per_seed: np.ndarray) -> float:
-    """Two-sided p value of a mean of 0; where the seeds agree (to rounding), 1 on 0 and else 0, its limit."""
-    from scipy import stats
-
-    if np.ptp(per_seed) <= 1e-12 * np.abs(per_seed).max():
-        return 0.0 if per_seed.any() else 1.0
-    return float(stats.ttest_1samp(per_seed, 0.0).pvalue)
-
-
 def compare(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Comparison:
     """Is the mean of `a` above that of `b`? Both [S, n], paired: row s is the same seed, column i the same image.
 
@@ -204,11 +193,13 @@ def compare(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000
       resamples, at most 1 (Davison & Hinkley 1997, section 4.2, for the + 1). It is never below 2 / (B + 1), which
       leaves room for a Holm family of some hundreds at B = 10,000;
     * Student's paired t over the means per seed, which guards the level where seeds decide and are few. Where all means
-      agree exactly on another value than 0, its p is 0 and the bootstrap's decides. That is right for maps that do not
-      depend on the seed; one run copied S times looks the same, and must not be passed off as S seeds.
+      agree on another value than 0, its p is 0 and the bootstrap's decides. That is right for maps that do not depend
+      on the seed; one run copied S times looks the same, and must not be passed off as S seeds.
 
     For S = 1 there is only the first, and the verdict is "open" whatever it is.
     """
+    from scipy import stats
+
     first, second = _table("a", a, confidence), _table("b", b, confidence)
     if first.shape != second.shape:
         raise ValueError(f"a and b must be paired over seeds and images, got shapes {first.shape} and {second.shape}")
@@ -218,7 +209,10 @@ def compare(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000
     p_value, per_seed, seeds = min(1.0, 2 * (beyond + 1) / (len(means) + 1)), difference.mean(axis=1), None
     if len(per_seed) > 1:
         seeds = student_interval(per_seed, confidence=confidence)
-        p_value = max(p_value, _student_p(per_seed))
+        if np.ptp(per_seed) > 1e-12 * np.abs(per_seed).max():
+            p_value = max(p_value, float(stats.ttest_1samp(per_seed, 0.0).pvalue))
+        elif not per_seed.any():  # all seeds agree on 0; where they agree on another value, Student's p is 0
+            p_value = 1.0
     images = _crossed_interval(difference, means, confidence)
     return Comparison(float(difference.mean()), images, seeds, p_value, *difference.shape)
 

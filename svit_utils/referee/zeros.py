@@ -45,7 +45,7 @@ def _records(model: nn.Module, x: Tensor) -> Iterator[tuple[str, AttentionRecord
             stack.enter_context(evaluating(model))
             for name, module in modules.items():
 
-                def observe(_module, record, name=name) -> None:
+                def observe(_module, record, name=name, found=found) -> None:
                     found[name] = record
 
                 module.observers.append(observe)
@@ -80,15 +80,9 @@ def _take_rows(values: Tensor, index: Tensor) -> Tensor:
 def same_without_values(weights: Tensor, values: Tensor, marked: Tensor, replacement: Tensor) -> Tensor:
     """Does the output A v stay exactly the same when the marked values are replaced? bool [R], a row each.
 
-    Each row has values of its own, so that both outputs are products of the same shape, summed in the same order.
-    Equal means equal to the last bit (0.0 and -0.0 are one number).
-
-    Args:
-        weights: [R, M].
-        values: [R, M, D].
-        marked: bool [R, M].
-        replacement: [R, M, D], taken where `marked`. A replacement (or value) that is infinite or NaN fails even at
-            weight 0, since 0 * inf is NaN.
+    Weights are [R, M], values and replacement [R, M, D], marked bool [R, M]: each row has values of its own, so that
+    both outputs are products of the same shape, summed in the same order. The same means to the last bit (0.0 and -0.0
+    are one number). An infinite or NaN value fails even at weight 0, since 0 * inf is NaN.
     """
     before = weights[:, None] @ values  # [R, 1, D]
     after = weights[:, None] @ torch.where(marked[..., None], replacement, values)
@@ -100,22 +94,14 @@ def value_path_certificate(model: nn.Module, x: Tensor, *, rows: int = 8, seed: 
     """Does the value of a key with weight exactly 0 reach the output? Counted for all rows, tried on some.
 
     In o = sum_j A_j v_j a term with A_j = 0 exactly and v_j finite is exactly 0 and changes no bit of the sum, so the
-    zeros among the weights are counted. To try it, in a few rows per image and head all values at weight 0 are replaced
-    by random numbers of size 10^6 and A v is computed again, in the precision of the weights.
+    zeros among the weights are counted. To try it, in `rows` random rows per image and head all values at weight 0 are
+    replaced by random numbers of size 10^6 and A v is computed again, in the precision of the weights. Images `x` are
+    [B, 3, H, W].
 
-    Args:
-        model: with sparse attention (dense layers are left out).
-        x: images [B, 3, H, W].
-        rows: rows tried per image and head, drawn from those with at least one zero.
-        seed: of that draw and of the replacements.
-
-    Returns:
-        One row per sparse layer: `layer`; `rows` (queries, over images and heads), `rows_with_zeros` and `zeros`
-        (exact zeros among the weights of allowed keys); `rows_checked`, `zeros_checked` and `identical`, the share of
-        the rows tried whose output stayed the same to the last bit. It must be 1.0; NaN where no row was tried.
-
-    Raises:
-        ValueError: no sparse attention, or `rows` below 1.
+    Returns one row per sparse layer (dense ones are left out): `layer`; `rows` (queries, over images and heads),
+    `rows_with_zeros` and `zeros` (exact zeros among the weights of allowed keys); `rows_checked`, `zeros_checked` and
+    `identical`, the share of the rows tried whose output stayed the same to the last bit. It must be 1.0; NaN where no
+    row was tried. Raises ValueError for no sparse attention, or `rows` below 1.
     """
     import pandas as pd
 
@@ -149,16 +135,10 @@ def value_path_certificate(model: nn.Module, x: Tensor, *, rows: int = 8, seed: 
 def removal_effect(scores: Tensor, values: Tensor, removed: Tensor, tau: Tensor | float) -> tuple[Tensor, Tensor]:
     """How much each row changes when keys are taken out of it altogether (score -inf), at the same threshold.
 
-    Args:
-        scores: logits [..., N, M].
-        values: [..., M, D].
-        removed: bool [..., N, M].
-        tau: what each row is cut at, float or [..., N, 1]; it stays as it is when keys go.
-
-    Returns:
-        The L1 change of the row's weights, sum_j |A'_j - A_j| (at most 2), and the relative L2 change of its output,
-        |o' - o| / |o|, both [..., N]. The weight of a removed key counts as 0 afterwards. A row without survivors is
-        taken as zero; the relative change of an output that is 0 is not finite.
+    Takes logits [..., N, M], values [..., M, D], removed bool [..., N, M] and tau, a float or [..., N, 1]. Returns the
+    L1 change of the row's weights, sum_j |A'_j - A_j| (at most 2), and the relative L2 change of its output,
+    |o' - o| / |o|, both [..., N]. A removed key has weight 0 afterwards, and a row without survivors is zero; the
+    relative change of an output that is 0 is not finite.
     """
     before = cut_and_renormalise(masked_softmax(scores), tau, "zero")  # [..., N, M]
     after = cut_and_renormalise(masked_softmax(scores.masked_fill(removed, -torch.inf)), tau, "zero")
@@ -180,19 +160,16 @@ def normaliser_effect(
     the probabilities of the model's own forward pass.
 
     Args:
-        model: with sparse attention (dense layers are left out).
         x: images [B, 3, H, W].
         tau: cut the same probabilities there instead, in [0, 1); None takes what each row was cut at.
-        keys: rows drawn per image and head, and from each row one cut key and one survivor, all evenly.
-        seed: of these draws.
+        keys: rows drawn per image and head, with `seed`; from each row one cut key and one survivor, all evenly.
 
     Returns:
         One row per sparse `layer` and `removed` ("one cut key", "all cut keys", "one survivor"): `weight_change`, mean
         L1 change of the row's weights, in [0, 2]; `output_change`, mean relative L2 change of its output before the
         projection; `rows`, how many rows the means are over, the same rows for all three. NaN where there are none.
 
-    Raises:
-        ValueError: no sparse attention, tau outside [0, 1), or `keys` below 1.
+    Raises ValueError for no sparse attention, tau outside [0, 1), or `keys` below 1.
     """
     import pandas as pd
 
@@ -260,18 +237,12 @@ def reachability_table(model: nn.Module, x: Tensor) -> pd.DataFrame:
 
     At depth 1 a patch counts if the last layer's row of the class token gives it a weight in any head; at depth d if a
     chain through the last d layers does. Distilled DeiT: to the class or the distillation token. A model that pools
-    patches reads them all, so there every patch counts at once by its residual connection.
+    patches reads them all, so there every patch counts at once by its residual connection. In a dense model, whose
+    softmax has no zeros, every patch counts from depth 1. Images `x` are [B, 3, H, W].
 
-    Args:
-        model: sparse or dense (dense softmax has no zeros: share 1 from the first layer back).
-        x: images [B, 3, H, W].
-
-    Returns:
-        One row per `depth` and `residual` (whether the residual connection counts as a path beside attention), with
-        `layer`, the earliest layer on the path, and `reachable_share`, mean over images of the share of patches.
-
-    Raises:
-        ValueError: no readable attention, or layers over other tokens than the model's grid.
+    Returns one row per `depth` and `residual` (whether the residual connection counts as a path beside attention), with
+    `layer`, the earliest layer on the path, and `reachable_share`, mean over images of the share of patches. Raises
+    ValueError for no readable attention, or layers over other tokens than the model's grid.
     """
     import pandas as pd
 

@@ -1,7 +1,5 @@
 """Pictures: charts, maps over images, and the explorers. `show.widgets` needs ipywidgets and is imported by name."""
 
-from __future__ import annotations
-
 from svit_utils.show.charts import (
     CARD_TABLE,
     accuracy_vs_sparsity,

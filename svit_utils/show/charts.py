@@ -14,11 +14,7 @@ from svit_utils.show.style import CMAP, COLOURS, styled_figure
 
 #: Top-1 accuracy in per cent on CIFAR-10 at 224 px, as the published card claims it; not reproduced here.
 CARD_TABLE = pd.DataFrame(
-    {
-        "epoch": [10, 30, 50, 70],
-        "ViT-Base": [80.65, 83.01, 84.62, 85.47],
-        "SelectiveViT": [81.77, 86.02, 87.89, 89.11],
-    }
+    {"epoch": [10, 30, 50, 70], "ViT-Base": [80.65, 83.01, 84.62, 85.47], "SelectiveViT": [81.77, 86.02, 87.89, 89.11]}
 )
 
 _STYLES = ("-", "--", "-.", ":")
@@ -63,9 +59,8 @@ def sparsity_heatmaps(
     _check_columns("the table", table, columns)
     chosen = table[table["queries"] == queries]
     if chosen.empty:
-        raise ValueError(
-            f"the table has no rows for queries={queries!r}: it has {', '.join(sorted(set(table['queries'])))}"
-        )
+        known = ", ".join(sorted(set(table["queries"])))
+        raise ValueError(f"the table has no rows for queries={queries!r}: it has {known}")
     layers, heads = list(dict.fromkeys(chosen["layer"])), sorted(set(chosen["head"]))
     size = (1.6 + len(columns) * (1.2 + 0.45 * len(heads)), 1.5 + 0.42 * len(layers))
     with styled_figure(*size) as figure:
@@ -116,13 +111,10 @@ def accuracy_vs_sparsity(rows: pd.DataFrame, *, dense: float | None = None, alt:
         axis.set_ylabel("accuracy (%)")
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
-    return with_alt(
-        figure,
-        alt
-        or "Accuracy in per cent against the share of attention entries cut, a point per threshold"
-        + (" with its interval" if {"low", "high"} <= set(rows.columns) else "")
-        + ("; a dashed line marks the dense model." if dense is not None else "."),
-    )
+    text = "Accuracy in per cent against the share of attention entries cut, a point per threshold"
+    text += " with its interval" if {"low", "high"} <= set(rows.columns) else ""
+    text += "; a dashed line marks the dense model." if dense is not None else "."
+    return with_alt(figure, alt or text)
 
 
 def card_comparison(ours: pd.DataFrame | None = None, *, alt: str | None = None) -> Figure:
@@ -146,12 +138,9 @@ def card_comparison(ours: pd.DataFrame | None = None, *, alt: str | None = None)
         axis.set_xlabel("epoch")
         axis.set_ylabel("top-1 accuracy on CIFAR-10 (%)")
         axis.legend(fontsize=9)
-    return with_alt(
-        figure,
-        alt
-        or "The published card's accuracy over epochs 10 to 70, ViT-Base dotted black and SelectiveViT dotted red"
-        + (", with our own runs as solid lines." if runs else "; our own run is marked as not tested."),
-    )
+    text = "The published card's accuracy over epochs 10 to 70, ViT-Base dotted black and SelectiveViT dotted red"
+    text += ", with our own runs as solid lines." if runs else "; our own run is marked as not tested."
+    return with_alt(figure, alt or text)
 
 
 def row_threshold(probabilities: Any, tau: float, *, title: str = "", alt: str | None = None) -> Figure:
@@ -161,9 +150,7 @@ def row_threshold(probabilities: Any, tau: float, *, title: str = "", alt: str |
     """
     p = np.sort(np.asarray(probabilities, dtype=float))[::-1]
     if p.ndim != 1 or (p < 0).any() or abs(p.sum() - 1) > 1e-3:
-        raise ValueError(
-            f"probabilities must be one row [N] that sums to 1, got shape {p.shape} with sum {p.sum():.4g}"
-        )
+        raise ValueError(f"probabilities must be one row [N] with sum 1, got shape {p.shape} with sum {p.sum():.4g}")
     kept, rank, blue = p > tau, np.arange(1, len(p) + 1), COLOURS["blue"]
     remainder = np.maximum(p - tau, 0)
     weights = remainder / remainder.sum() if kept.any() else np.zeros_like(p)
@@ -186,12 +173,9 @@ def row_threshold(probabilities: Any, tau: float, *, title: str = "", alt: str |
             axis.set_xlabel("key, by falling probability")
         if title:
             figure.suptitle(title)
-    return with_alt(
-        figure,
-        alt
-        or "Left: one attention row as bars in falling order, the keys above the threshold line in blue, those below "
-        "in grey. Right: the weights after subtracting the threshold and dividing by the sum; cut keys have none.",
-    )
+    text = "Left: one attention row as bars in falling order, the keys above the threshold line in blue, those below "
+    text += "in grey. Right: the weights after subtracting the threshold and dividing by the sum; cut keys have none."
+    return with_alt(figure, alt or text)
 
 
 def training_curves(
@@ -215,6 +199,5 @@ def training_curves(
             axis.set_xlabel("step")
             axis.set_ylabel(_spoken([column]))
         axes[0].legend()
-    return with_alt(
-        figure, alt or f"{_spoken(columns, ' and ')} over training steps, a line for each of {', '.join(runs)}."
-    )
+    text = f"{_spoken(columns, ' and ')} over training steps, a line for each of {', '.join(runs)}."
+    return with_alt(figure, alt or text)

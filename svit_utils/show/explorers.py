@@ -6,6 +6,7 @@ compared cell what a slider would show.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,6 @@ class Survivors:
 
     @property
     def count(self) -> int:
-        """Number of keys kept."""
         return int(self.kept.sum())
 
     @property
@@ -51,7 +51,7 @@ class ThresholdData:
 
     def survivors(self, token: int, layer: int, head: int, tau: float) -> Survivors:
         """The row of the query `token` cut at `tau`; ValueError for an index out of range, or tau outside [0, 1)."""
-        _check_indices(self.probabilities.shape, layer, head, token)
+        _check_indices(self.probabilities.shape, layer=layer, head=head, token=token)
         if not 0 <= tau < 1:
             raise ValueError(f"tau must lie in [0, 1), got {tau!r}")
         p = self.probabilities[layer, head, token]
@@ -73,14 +73,13 @@ class AttentionData:
 
     def rows(self, image: int, layer: int, head: int, token: int) -> tuple[np.ndarray, np.ndarray]:
         """The weights [N] of one query, dense and sparse; ValueError for an index out of range."""
-        if not 0 <= image < len(self.rgb):
-            raise ValueError(f"image must lie in 0 to {len(self.rgb) - 1}, got {image!r}")
-        _check_indices(self.dense.shape[1:], layer, head, token)
+        _check_indices(self.dense.shape, image=image, layer=layer, head=head, token=token)
         return self.dense[image, layer, head, token], self.sparse[image, layer, head, token]
 
 
-def _check_indices(shape: tuple[int, ...], layer: int, head: int, token: int) -> None:
-    for name, value, size in (("layer", layer, shape[0]), ("head", head, shape[1]), ("token", token, shape[2])):
+def _check_indices(shape: tuple[int, ...], **indices: int) -> None:
+    """ValueError unless each index lies in its axis, from the first one on."""
+    for size, (name, value) in zip(shape, indices.items()):
         if not 0 <= value < size:
             raise ValueError(f"{name} must lie in 0 to {size - 1}, got {value!r}")
 
@@ -92,10 +91,8 @@ def _stack(maps: dict[str, Tensor]) -> np.ndarray:
 
 def _dense_maps(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     """The maps of one forward pass with dense attention; a sparse model's thresholds are set to 0 for it."""
-    if sparse_modules(model):
-        with sparsified(model, 0.0):
-            return attention_maps(model, batch)
-    return attention_maps(model, batch)
+    with sparsified(model, 0.0) if sparse_modules(model) else nullcontext():
+        return attention_maps(model, batch)
 
 
 def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None = None) -> ThresholdData:
@@ -120,7 +117,7 @@ def attention_explorer_data(
     display: Any | None = None,
     **as_sparsify: Any,
 ) -> AttentionData:
-    """Dense maps of `model` beside those of `sparse_model`, for images [B, 3, H, W]; `display` as above.
+    """Dense maps of `model` beside those of `sparse_model`, for images [B, 3, H, W]; the same in [0, 1] as `display`.
 
     Without a `sparse_model`, `model` itself is made sparse for one pass, with `threshold` and `as_sparsify`.
     """

@@ -64,11 +64,9 @@ def explanation_grid(
                 if masks is not None:
                     _outline(axis, np.asarray(masks[r]))
         figure.supxlabel("each map stretched to its own range: dark low, bright high", fontsize=9)
-    text = (
-        f"{rows} image{'s' if rows > 1 else ''}, one per row, each followed by the maps of "
-        f"{', '.join(titles[1:])} laid over it in colour, bright where the map is high"
-        + ("; the object's outline is drawn in orange." if masks is not None else ".")
-    )
+    text = f"{rows} image{'s' if rows > 1 else ''}, one per row, each followed by the maps of {', '.join(titles[1:])} "
+    text += "laid over it in colour, bright where the map is high"
+    text += "; the object's outline is drawn in orange." if masks is not None else "."
     return with_alt(figure, alt or text)
 
 
@@ -111,9 +109,6 @@ def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "",
         figure.supxlabel("one square-root colour scale per head; crosses: exactly 0", fontsize=9)
         if title:
             figure.suptitle(title)
-    return with_alt(
-        figure,
-        alt
-        or f"Attention of one query over the patches in {heads} heads: dense weights in the upper row, thresholded "
-        "weights in the lower row, on the same image and colour scale; weights of exactly zero are crossed out.",
-    )
+    text = f"Attention of one query over the patches in {heads} heads: dense weights in the upper row, thresholded "
+    text += "weights in the lower row, on the same image and colour scale; weights of exactly zero are crossed out."
+    return with_alt(figure, alt or text)

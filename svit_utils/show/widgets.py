@@ -28,11 +28,7 @@ def _sliders(shape: tuple[int, ...], *names: str) -> dict[str, widgets.IntSlider
 
 
 def _explorer(
-    css: str,
-    controls: dict[str, Any],
-    data: Any,
-    draw: Callable[..., Image.Image],
-    describe: Callable[..., list[str]],
+    css: str, controls: dict[str, Any], data: Any, draw: Callable[..., Image.Image], describe: Callable[..., list[str]]
 ) -> widgets.VBox:
     """Controls over one picture; the text below it says what the picture shows and is announced to screen readers."""
     picture, caption = widgets.Image(format="png"), widgets.HTML()

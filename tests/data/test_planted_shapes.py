@@ -77,7 +77,7 @@ def test_items_are_what_a_model_takes() -> None:
 
 
 def test_seeds_and_splits_share_no_picture() -> None:
-    """Not only different at the same index: no picture of one set lies in another (compared by the ground's corner)."""
+    """Not only different at the same index: no picture of one set lies in another (compared by their corner)."""
     sets = [PlantedShapes(split, 2000, seed=seed) for split in ("train", "val", "test") for seed in (0, 1)]
     corners = torch.cat([data.batch(400).images[:, :, :4, :4].flatten(1) for data in sets])
     assert len(torch.unique(corners, dim=0)) == len(corners) == 2400
@@ -108,7 +108,7 @@ def test_the_mask_is_where_the_object_shows(difficulty: str, distractors: int) -
     beside = torch.nn.functional.max_pool2d(there.masks.float(), 3, 1, 1).bool()
     band = differs & ~there.masks
     assert (band & beside).sum() > 0.98 * band.sum()  # the rest: the points of stars and hearts, thinner than a pixel
-    # Inside, away from the outline, nothing of the ground shines through; and the object stands out clearly.
+    # Inside, away from the outline, nothing of the background shines through; and the object stands out clearly.
     contrast = ((there.images - erased.images).mean(1).abs() * 0.25)[there.masks]
     assert contrast.min() > 0.01
     # Erasing changes nothing but the picture.
@@ -202,7 +202,7 @@ def test_the_pixel_probe_can_read_shapes_where_they_are_readable() -> None:
     assert run_probe(lightness, probe_set(4000, 1000, difficulty=readable)) > 0.6
 
 
-def test_the_colour_probe_reads_the_ground_when_it_is_tied_to_the_class() -> None:
+def test_the_colour_probe_reads_the_background_when_it_is_tied_to_the_class() -> None:
     tied, loose = (run_probe(histogram, probe_set(2000, 1000, rho=rho)) for rho in (1.0, 0.0))
     assert tied > 0.5 and loose < 0.2
 
@@ -228,7 +228,7 @@ def test_the_mask_alone_tells_the_class_and_the_erased_picture_does_not() -> Non
 # ------------------------------------------------------------------------------------------------------ background
 
 
-def test_rho_is_the_share_of_grounds_tied_to_the_class() -> None:
+def test_rho_is_the_share_of_backgrounds_tied_to_the_class() -> None:
     n = 4000
     for rho in (0.0, 0.5, 1.0):
         batch = PlantedShapes("train", rho=rho).batch(n)
@@ -238,7 +238,7 @@ def test_rho_is_the_share_of_grounds_tied_to_the_class() -> None:
     assert counts.min() > 0.8 * n / 10
 
 
-def test_swapping_the_ground_takes_another_class_and_leaves_the_object() -> None:
+def test_swapping_the_background_takes_another_class_and_leaves_the_object() -> None:
     plain, swapped = (PlantedShapes("test", rho=1.0, swap_background=s).batch(1000) for s in (False, True))
     assert torch.equal(plain.backgrounds, plain.labels)
     assert (swapped.backgrounds != swapped.labels).all()
@@ -267,7 +267,7 @@ def test_colours_come_back_for_display() -> None:
         ({"split": "dev"}, "split must be one of .*'train'.* got 'dev'"),
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"img_size": 8}, "img_size must be at least 16"),
-        ({"distractors": -1}, "distractors must be 0 or more, got -1"),
+        ({"distractors": -1}, "distractors must be at least 0, got -1"),
         ({"rho": 1.5}, r"rho must lie in \[0, 1\], got 1.5"),
         ({"rho": float("nan")}, r"rho must lie in \[0, 1\], got nan"),
         ({"difficulty": "brutal"}, "difficulty must be one of .*'standard'.* got 'brutal'"),

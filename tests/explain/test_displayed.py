@@ -33,7 +33,7 @@ def test_displayed_top_keeps_as_many_as_asked() -> None:
 def test_displayed_top_with_ties_and_bad_counts() -> None:
     tied = torch.full((1, 4), 0.25)
     torch.testing.assert_close(displayed_top(tied, torch.tensor([2])), tied)  # nothing is above the level: left alone
-    with pytest.raises(ValueError, match="kept must lie in 1 to 4"):
+    with pytest.raises(ValueError, match="counts must lie in 1 to 4"):
         displayed_top(P, torch.tensor([5]))
     with pytest.raises(ValueError, match="one number per row"):
         displayed_top(P, torch.tensor([1, 2]))

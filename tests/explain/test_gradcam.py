@@ -107,5 +107,5 @@ def test_works_inside_no_grad(family, images):
 def test_model_without_blocks_asks_for_a_layer(family, images):
     model = family("vit")
     del model.blocks
-    with pytest.raises(ValueError, match=r"has no `blocks`: give the layer to tap"):
+    with pytest.raises(ValueError, match=r"has no `blocks`: give the layer"):
         grad_cam(model, images)

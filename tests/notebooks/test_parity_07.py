@@ -81,7 +81,8 @@ def test_infidelity(kind: str) -> None:
     heat = {"noise": random_maps(1, (8, 12)).double(), "gradient": slope, "zeros": torch.zeros(1, 8, 12)}[kind]
     x = x.detach()
     wanted = infidelity(model, x, heat, target, perturbations=30, multiply_by_inputs=False, seed=2)
-    removed = random_squares(torch.rand(1, 30, 3, generator=generator(2), dtype=torch.float64)[0], (8, 12))  # the same draws
+    draws = torch.rand(1, 30, 3, generator=generator(2), dtype=torch.float64)[0]  # the same as the package's
+    removed = random_squares(draws, (8, 12))
     got = by_hand(model, x[0], heat.expand(3, -1, -1), target, removed)
     torch.testing.assert_close(got, wanted[0], rtol=1e-9, atol=1e-12)
 

@@ -59,11 +59,11 @@ def test_variants_change_what_their_name_says():
 def test_background_mass():
     masks = torch.zeros(2, 4, 6, dtype=torch.bool)
     masks[0, :2], masks[1, 0, 0] = True, True
-    ground = (~masks).flatten(1).double().mean(1)  # 1/2 and 23/24
+    background = (~masks).flatten(1).double().mean(1)  # 1/2 and 23/24
     torch.testing.assert_close(background_mass(masks.float(), masks), torch.zeros(2).double())
     torch.testing.assert_close(background_mass((~masks).float(), masks), torch.ones(2).double())
-    torch.testing.assert_close(background_mass(uniform_maps(2, (4, 6)), masks), ground)
-    torch.testing.assert_close(background_mass(torch.zeros(2, 4, 6), masks), ground)
+    torch.testing.assert_close(background_mass(uniform_maps(2, (4, 6)), masks), background)
+    torch.testing.assert_close(background_mass(torch.zeros(2, 4, 6), masks), background)
 
 
 def toy():

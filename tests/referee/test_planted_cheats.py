@@ -1,4 +1,4 @@
-"""The referee catches cheats: a model that reads the ground, maps that ignore the model, maps that are blank."""
+"""The referee catches cheats: a model that reads the background, maps that ignore the model, maps that are blank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AREA = BATCH.masks.flatten(1).double().mean(dim=1)  # [40], what chance scores
 
 
 class BorderReader(nn.Module):
-    """Answers with the class whose family of grounds has the hue of the picture's frame; sees nothing of the object.
+    """Answers with the class whose backgrounds have the hue of the picture's frame; sees nothing of the object.
 
     The frame is 2 pixels wide. Its mean colour less its lightness (the mean over channels) is a direction; the score of
     a class is the cosine with that class's mean direction, fitted in closed form to pictures without any object.
@@ -54,8 +54,8 @@ class BorderReader(nn.Module):
 
 @pytest.fixture(scope="module")
 def cheat():
-    grounds = PlantedShapes("train", rho=1.0, erase_object=True).batch(300)
-    return BorderReader(grounds.images, grounds.backgrounds).eval()
+    backgrounds = PlantedShapes("train", rho=1.0, erase_object=True).batch(300)
+    return BorderReader(backgrounds.images, backgrounds.backgrounds).eval()
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +69,19 @@ def pixel_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return torch.autograd.grad(model(x).gather(1, labels[:, None]).sum(), x)[0].abs().sum(dim=1)
 
 
-# ------------------------------------------------------------------------------------ (a) a model that reads the ground
+# -------------------------------------------------------------------------------- (a) a model that reads the background
 
 
-def test_a_model_that_reads_the_ground_is_caught_and_one_that_reads_shapes_is_not(cheat, honest):
+def test_a_model_that_reads_the_background_is_caught_and_one_that_reads_shapes_is_not(cheat, honest):
     found, innocent = (background_accuracy(model, images=IMAGES) for model in (cheat, honest))
     for name in ("aligned", "erased"):  # it never looks at the object: its presence changes nothing
         assert found[name].mean() > 0.95
     assert found["own"].mean() < 0.25 and found["distractors"].mean() < 0.25
-    assert found["swapped"].mean() < 0.05, "below chance: it says the class that the ground belongs to"
+    assert found["swapped"].mean() < 0.05, "below chance: it says the class that the background belongs to"
     for name in ("own", "aligned", "swapped", "distractors"):
         assert innocent[name].mean() > 0.85
     assert innocent["erased"].mean() < 0.25
-    # The verdict in one number each, on the same objects: what another ground costs.
+    # The verdict in one number each, on the same objects: what another background costs.
     assert paired_bootstrap(found["aligned"], found["swapped"]).low > 0.9
     assert abs(paired_bootstrap(innocent["aligned"], innocent["swapped"]).mean) < 0.1
 

@@ -1,4 +1,4 @@
-"""Pictures say what the numbers say: drawn, with a text, on an opaque ground, and with the right bars and colours."""
+"""Pictures say what the numbers say: with a text, on an opaque background, and with the right bars and colours."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def figures() -> dict[str, Figure]:
     }
 
 
-def test_every_figure_has_a_text_labels_and_an_opaque_light_ground():
+def test_every_figure_has_a_text_labels_and_an_opaque_light_background():
     for name, figure in figures().items():
         assert len(show.alt_of(figure)) > 40, name
         with Image.open(io.BytesIO(show.figure_png(figure, dpi=50))) as png:
