@@ -56,10 +56,10 @@ Keep the notebooks' names, and hand in the `.ipynb` file itself.
 
 
 def build(out: Path = OUT, repository: str | None = None) -> Path:
-    """Build everything into ``out``, anew.
+    """Build everything into ``out`` and return it.
 
     Args:
-        out: replaced as a whole, except for a ``gradebook.db`` and submissions that lie in its ``grading``.
+        out: what an earlier build left there is replaced, except for a ``gradebook.db`` and submissions in ``grading``.
         repository: ``owner/name`` that ``student/`` will be pushed to; without it no links to Colab and Binder.
 
     Raises:
@@ -103,16 +103,16 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def release(grading: Path, stems: Sequence[str]) -> None:
-    """``nbgrader generate_assignment`` for each."""
+    """Make the versions to hand out, in ``release/`` of an nbgrader course: ``generate_assignment`` for each master."""
     for stem in stems:
         nbgrader(grading, "generate_assignment", stem, "--force", "--create")
 
 
 def nbgrader(folder: Path, *arguments: str, timeout: float = 600) -> str:
-    """Run nbgrader in a course folder and return what it says.
+    """Run nbgrader in a course folder and return what it prints.
 
     Raises:
-        RuntimeError: it fails.
+        RuntimeError: it fails; the message ends with what it printed.
     """
     # It calls `alembic` by name, which lies beside this Python.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -129,7 +129,11 @@ def nbgrader(folder: Path, *arguments: str, timeout: float = 600) -> str:
 
 
 def build_wheel(folder: Path) -> str:
-    """The package's wheel in ``folder``; its name. Needs no network."""
+    """Build the package's wheel into ``folder`` and return its file name. Needs no network.
+
+    Raises:
+        RuntimeError: hatchling fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     done = subprocess.run(command, cwd=notebooks.ROOT, capture_output=True, text=True, check=False)
@@ -156,6 +160,7 @@ def stamp_for_students(notebook: Any, path: Path, repository: str | None, wheel:
 
 
 def _student_files(student: Path, repository: str | None, wheel: str) -> None:
+    """environment.yml, postBuild and README.md."""
     environment = (notebooks.ROOT / "environment.yml").read_text(encoding="utf-8")
     kept = [line for line in environment.splitlines() if line.strip() != "- -e ." and not line.startswith("#")]
     (student / "environment.yml").write_text("\n".join([*kept, ""]), encoding="utf-8")
@@ -180,10 +185,10 @@ _WORDS = ("BEGIN SOLUTION", "END SOLUTION", "HIDDEN TESTS")
 
 
 def leaks(released: Any, original: Any) -> Iterator[str]:
-    """What of the solutions and the hidden tests stands anywhere in a released notebook: sources, outputs, metadata.
+    """A line for each piece of a solution or of a hidden test that is left in a released notebook.
 
-    Looked for: every line of a solution, every hidden case and its parts, every sentence of a model answer, unless the
-    master itself shows it to the student elsewhere.
+    Looked through are sources, outputs and metadata; looked for are every line of a solution, every hidden case, every
+    sentence of a model answer, and any output, unless the master itself shows the same to the student elsewhere.
     """
     shown = "\n".join(_public(cell) for cell in original.cells)
     everything = "\n".join(_texts(json.loads(json.dumps(released))))
@@ -200,15 +205,14 @@ def leaks(released: Any, original: Any) -> Iterator[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every string in a notebook, wherever it stands; the lines of a source in one piece."""
+    """Every string in a notebook, keys included; the lines of a source in one piece."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        yield "".join(value)
     elif isinstance(value, list):
-        yield (
-            "".join(value)
-            if all(isinstance(item, str) for item in value)
-            else "\n".join(t for v in value for t in _texts(v))
-        )
+        for item in value:
+            yield from _texts(item)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield str(key)
@@ -216,7 +220,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _public(cell: Any) -> str:
-    """What of a master's cell the student may see."""
+    """The part of a master's cell that the student may see."""
     if masters.part(cell) in ("written", "plot"):
         return ""
     source = masters.without(cell.source, masters.BEGIN_SOLUTION, masters.END_SOLUTION)
@@ -224,7 +228,7 @@ def _public(cell: Any) -> str:
 
 
 def _pieces(cell: Any) -> Iterator[str]:
-    """Lines of a cell's solution or hidden test, sentences of its model answer, if long enough to tell something."""
+    """Lines of a cell's solution or hidden test, sentences of its model answer: those of more than 12 characters."""
     kind = masters.part(cell)
     if kind == "written":
         yield from (s.strip() for s in re.split(r"(?<=[.:;])\s+|\n", cell.source) if len(s.strip()) > 12)
@@ -237,7 +241,10 @@ def _pieces(cell: Any) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Build the course: student version, solutions, grading, guide.")
+    """Build the course; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m svit_course build", description="Build the course: student version, solutions, grading, guide."
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="default: build/course")
     parser.add_argument("--repository", help="owner/name that student/ will be pushed to, for its links")
     options = parser.parse_args(argv)

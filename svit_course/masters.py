@@ -1,7 +1,8 @@
 """The master notebooks: what each cell is for, and the hidden cases written in them.
 
-One master makes the student's notebook, the solution and the grading. A cell's part is in its nbgrader metadata, and
-its id is its grade_id: ``a1`` the answer, ``a1-visible`` and ``a1-hidden`` its tests.
+An assignment has one master; the student's notebook, the solution and the grading are made from it. What a cell is for
+stands in its nbgrader metadata, and its id is its grade_id: ``a1`` the answer, ``a1-visible`` and ``a1-hidden`` its
+tests.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from svit_course import notebooks
 ASSIGNMENTS = notebooks.NOTEBOOKS / "assignments"
 BEGIN_HIDDEN, END_HIDDEN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
 BEGIN_SOLUTION, END_SOLUTION = "### BEGIN SOLUTION", "### END SOLUTION"
-# A cell that only makes the notebook interesting (a training run): graders do not wait for it.
+# The tag of a cell that no answer depends on, such as a training run: grading does not wait for it.
 NOT_AT_GRADING = "not-at-grading"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell and its part: ``given``, ``answer``, ``visible`` or ``hidden`` test, ``plot``, ``written``, ``own``."""
+    """A cell and its ``part``.
+
+    ``given`` (code that the student is handed), ``answer``, ``visible`` or ``hidden`` (tests), ``plot`` and ``written``
+    (marked by hand), or ``own`` (the student's).
+    """
 
     id: str
     part: str
@@ -76,11 +81,12 @@ def _nbgrader(cell: Any) -> Any:
 
 
 def grade_id(cell: Any) -> str:
+    """The cell's name in nbgrader; its id where nbgrader knows nothing of it."""
     return str(_nbgrader(cell).get("grade_id") or cell.get("id", ""))
 
 
 def cells(notebook: Any) -> list[Cell]:
-    """Code cells, and written answers; other prose is left out."""
+    """The code cells and the written answers of a notebook; other prose is left out."""
     found = []
     for cell in notebook.cells:
         kind = part(cell)
@@ -98,6 +104,7 @@ def library_allowed(notebook: Any) -> bool:
 
 
 def read_cells(path: Path) -> list[Cell]:
+    """`cells` of the notebook in a file."""
     return cells(notebooks.read(path))
 
 
@@ -117,7 +124,11 @@ def hidden_cases(cell: Cell) -> list[dict[str, Any]]:
 
 
 def without(source: str, begin: str, end: str, instead: str = "") -> str:
-    """The source without its regions from ``begin`` to ``end``; ``instead`` keeps the indentation of ``begin``."""
+    """The source without its regions from a line ``begin`` to a line ``end``.
+
+    Args:
+        instead: lines to put in the place of each region, indented as ``begin`` was.
+    """
     pattern = rf"^([ \t]*){re.escape(begin)}[^\n]*\n.*?^[ \t]*{re.escape(end)}[^\n]*\n?"
 
     def replaced(found: re.Match[str]) -> str:
@@ -127,7 +138,7 @@ def without(source: str, begin: str, end: str, instead: str = "") -> str:
 
 
 def runnable(found: Sequence[Cell]) -> Iterator[Cell]:
-    """What grading runs, in order: given cells, answers and plots; neither tests nor what is not for grading."""
+    """The cells that grading runs, in order: everything but tests, written answers and what is not for grading."""
     for cell in found:
         if cell.part in ("given", "answer", "plot", "own") and NOT_AT_GRADING not in cell.tags:
             yield cell

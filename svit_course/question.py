@@ -6,7 +6,8 @@ A question is asked in *cases*: plain data (seeds, shapes, numbers) from which i
     judge(case, seen)                           decides, and calls nothing of the student's
 
 What is seen is arrays and plain values, so the halves can run in two processes: at grading the first runs in a sandbox
-that holds neither the expected values nor the marks, the second outside it. In a notebook both run in the kernel.
+beside the student's code, the second outside it, where no code of the student's can change a verdict. In a notebook
+both run in the kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ASSIGNMENTS = ("a", "b", "c", "d", "e", "f")
 
 
 class Wrong(AssertionError):
-    """An answer that does not hold; the text names the likely mistake."""
+    """The answer does not hold; the text names the likely mistake."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the sentence, without the frames of the check."""
@@ -41,7 +42,7 @@ class Question:
     Attributes:
         name: ``"a1"``: assignment and number.
         answers: the names that the answer defines, in the order in which ``probe`` takes them.
-        cases: those of the visible check. Each is plain data, with ``"what"`` saying in words what it looks at.
+        cases: those of the visible check. Each is plain data; its ``"what"`` describes it in a message.
         probe: (case, *answers) -> what was seen: a dict of tensors, arrays, numbers, strings, or lists of them.
         judge: (case, seen) -> None, or raises `Wrong`. Arrays come as NumPy arrays.
         hints: a ladder: where to look, what to do, nearly how.
@@ -86,24 +87,24 @@ def question(name: str) -> Question:
 
 
 def ask(asked: Question, answers: Sequence[Any], case: Case) -> Seen:
-    """The first half: run the answer on one case. What it raises comes out as `Wrong`, put into words.
+    """The first half: run the answer on one case. What it raises comes out as `Wrong`, with a sentence.
 
     Raises:
-        Wrong: with the case in words before the sentence, as from `decide`.
+        Wrong: the probe refuses the answer, or it raises; the message begins with question and case.
     """
     try:
         return {key: plain(value) for key, value in asked.probe(case, *answers).items()}
     except Wrong as wrong:
         raise Wrong(f"{asked.name}, {case['what']}: {wrong}") from None
     except Exception as error:
-        raise Wrong(f"{asked.name}, {case['what']}: {in_words(error, asked.answers)}") from error
+        raise Wrong(f"{asked.name}, {case['what']}: {describe(error, asked.answers)}") from error
 
 
 def decide(asked: Question, case: Case, seen: Seen) -> None:
-    """The second half. What is seen may be anything, so a judge that trips over it says *wrong*, too.
+    """The second half: judge what was seen. That may be anything, so a judge that fails on it means *wrong*, too.
 
     Raises:
-        Wrong: with the case in words before the judge's sentence.
+        Wrong: the answer does not hold; the message begins with question and case.
     """
     try:
         asked.judge(case, seen)
@@ -118,7 +119,7 @@ def decide(asked: Question, case: Case, seen: Seen) -> None:
 
 
 def check(name: str, *answers: Any, cases: Sequence[Case] | None = None) -> None:
-    """Check an answer here and now: ``check("a1", softmax)``. Says so if it holds.
+    """Check an answer here and now: ``check("a1", softmax)``. Prints a line if it holds.
 
     Args:
         name: of the question.
@@ -154,15 +155,15 @@ def hint(name: str, step: int = 1) -> None:
         print(f"Still stuck? Read {question(name).section}.")
 
 
-# ------------------------------------------------------------------------------------------------ in words
+# ------------------------------------------------------------------------------------------------ messages
 
 _SHAPES = re.compile(
     r"shape|size|broadcast|dimension|mat1|index \d+ is out of bounds|einsum|reshape|axis", re.IGNORECASE
 )
 
 
-def in_words(error: BaseException, answers: Sequence[str]) -> str:
-    """What an exception in the student's code says, with what usually causes it."""
+def describe(error: BaseException, answers: Sequence[str]) -> str:
+    """A sentence for an exception in the student's code: what it says, and what usually causes it."""
     text = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
     if isinstance(error, NotImplementedError):
@@ -188,7 +189,7 @@ def _frames(error: BaseException) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Tensors as NumPy arrays, arrays and plain values as they are; everything else as its type in words."""
+    """Tensors as NumPy arrays, arrays and plain values as they are; of everything else the name of its type."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy().copy()

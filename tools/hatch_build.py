@@ -19,6 +19,8 @@ CARRIED = {
 
 
 class EmbeddedFiles(BuildHookInterface):
+    """Adds the files of `CARRIED` to a wheel; hatchling finds the class through pyproject.toml."""
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return

@@ -50,6 +50,7 @@ def problems(path: Path) -> Iterator[str]:
 
 
 def output_texts(cell: Any) -> Iterator[str]:
+    """Everything that a cell's outputs hold as text."""
     for output in cell.get("outputs", []):
         yield output.get("text", "")
         yield "\n".join(output.get("traceback", []))
@@ -59,6 +60,7 @@ def output_texts(cell: Any) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
+    """Print the problems of the notebooks named; 1 if there are any, else 0."""
     found = 0
     for name in arguments:
         path = Path(name)

@@ -8,7 +8,6 @@ notices survives, and then this program fails.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svit_course import notebooks
+from svit_utils.files import read_rows
 from tools.mutant_site.sitecustomize import MUTANTS
 
 SITE = Path(__file__).resolve().parent / "mutant_site"
@@ -29,6 +29,8 @@ QUICK = 2
 
 @dataclass(frozen=True)
 class Verdict:
+    """One run of one chapter: whether it went as it has to, and a line that says how."""
+
     chapter: str
     mutant: str
     good: bool
@@ -70,15 +72,13 @@ def judge(chapter: Path, mutant: str) -> Verdict:
 
 def quickest(paths: list[Path], count: int) -> list[Path]:
     """The chapters with the fewest minutes in results/walkthrough.csv; the first ones where it does not say."""
-    minutes: dict[str, float] = {}
-    recorded = notebooks.ROOT / "results" / "walkthrough.csv"
-    if recorded.is_file():
-        with recorded.open(newline="", encoding="utf-8") as file:
-            minutes = {row["chapter"]: float(row["minutes"]) for row in csv.DictReader(file)}
+    recorded = read_rows(notebooks.ROOT / "results" / "walkthrough.csv")
+    minutes = {row["chapter"]: float(row["minutes"]) for row in recorded}
     return sorted(sorted(paths, key=lambda path: minutes.get(path.stem, 1e9))[:count])
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the chapters with each fault and print a line for each run; 1 if one did not go as it has to."""
     parser = argparse.ArgumentParser(description="Run the chapters with a broken operator; each has to fail.")
     parser.add_argument("chapters", nargs="*", help="beginnings of file names, such as 01 (default: all)")
     parser.add_argument(

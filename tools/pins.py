@@ -19,6 +19,7 @@ LEFT_TO_TORCH = ("nvidia-", "cuda-", "triton")
 
 
 def main() -> int:
+    """Resolve, and write the file; the exit status."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--universal", "--python-version", "3.10"]
     command += ["--fork-strategy", "requires-python", "--no-header", "--no-annotate", "--quiet"]
     # What pyproject.toml gives as ranges, narrowed where the pair has to match.

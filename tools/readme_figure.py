@@ -24,6 +24,7 @@ LIMIT = 150_000  # bytes: the README has to load quickly
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Draw, write and describe the picture; 1 if it is too large."""
     parser = argparse.ArgumentParser(description="Draw dense against sparse attention on one test image.")
     parser.add_argument("--image", type=int, default=28, help="index in the test split (default: %(default)s)")
     parser.add_argument("--layer", type=int, default=-1, help="attention layer (default: %(default)s, the last)")

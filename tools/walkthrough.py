@@ -14,7 +14,6 @@ kernel (child processes included) are measured. The results are
 from __future__ import annotations
 
 import argparse
-import csv
 import html
 import json
 import os
@@ -37,6 +36,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from svit_course import notebooks, stamp
+from svit_utils.files import write_rows
 from tools import outputs
 
 BUILD = notebooks.ROOT / "build" / "walkthrough"
@@ -47,6 +47,8 @@ MIB = 1024 * 1024
 
 @dataclass
 class Outcome:
+    """What came of one chapter."""
+
     chapter: str
     title: str
     minutes: float
@@ -152,6 +154,7 @@ def execute(notebook: Any, folder: Path, progress: Progress, timeout: float) -> 
 
 
 def to_html(notebook: Any, name: str) -> None:
+    """Write the executed chapter as a page of build/walkthrough/ that fetches nothing."""
     from nbconvert import HTMLExporter
 
     page = nbformat_copy(notebook)
@@ -176,6 +179,7 @@ def to_html(notebook: Any, name: str) -> None:
 
 
 def nbformat_copy(notebook: Any) -> Any:
+    """A copy of the notebook that can be changed."""
     import nbformat
 
     return nbformat.reads(nbformat.writes(notebook), as_version=4)
@@ -191,6 +195,7 @@ def bring_mathjax() -> None:
 
 
 def write_index(outcomes: list[Outcome], about: dict[str, Any]) -> None:
+    """Write index.html: a row for each chapter, and what was measured on."""
     rows = []
     for item in outcomes:
         name = f'<a href="{item.chapter}.html">{html.escape(item.title)}</a>'
@@ -247,22 +252,18 @@ def provenance() -> dict[str, Any]:
 
 
 def write_results(outcomes: list[Outcome], about: dict[str, Any]) -> None:
+    """Write results/walkthrough.csv: a row for each chapter, with its provenance."""
     rows: list[dict[str, Any]] = []
     for item in outcomes:
         row = asdict(item)
         row["minutes"] = f"{item.minutes:.2f}"
         del row["error"], row["title"]
         rows.append(row | about)
-    temporary = RESULT.with_suffix(".csv.tmp")
-    RESULT.parent.mkdir(exist_ok=True)
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(RESULT)
+    write_rows(RESULT, rows[0], rows)
 
 
 def print_table(outcomes: list[Outcome]) -> None:
+    """Print a line for each chapter, and the sum."""
     width = max(len(item.chapter) for item in outcomes)
     print(f"\n{'chapter':<{width}}  minutes  peak MB  headline")
     for item in outcomes:
@@ -275,6 +276,7 @@ def print_table(outcomes: list[Outcome]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the chapters and write what came out; 1 where one failed."""
     parser = argparse.ArgumentParser(description="Run the chapters and show what came out.")
     parser.add_argument("chapters", nargs="*", help="beginnings of file names, such as 01 (default: all)")
     parser.add_argument("--store", action="store_true", help="write the outputs into the notebooks, and no HTML")

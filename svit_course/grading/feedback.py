@@ -104,7 +104,7 @@ pre { background: var(--soft) !important; }
 
 @cache
 def rubric() -> dict[str, tuple[str, ...]]:
-    """Question to its lines in rubric.md."""
+    """The lines of rubric.md for each question that is marked by hand."""
     if not RUBRIC.is_file():
         return {}
     found: dict[str, tuple[str, ...]] = {}
@@ -117,7 +117,7 @@ def rubric() -> dict[str, tuple[str, ...]]:
 
 
 def write_feedback(graded: Graded, folder: Path) -> Path:
-    """The page of one submission: ``<folder>/<student>/<assignment>.html``."""
+    """Write the page of one submission, ``<folder>/<student>/<assignment>.html``, and return its path."""
     submission = graded.submission
     path = folder / submission.student / f"{submission.assignment}.html"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from svit_course.question import Case, Question, Seen, Wrong
 
 
 def probe(case: Case, answer: Any) -> Seen:
+    """The weights, and the scores as they are afterwards."""
     scores = draw_scores(case)
     with np.errstate(all="ignore"):
         result = answer(scores)
@@ -20,6 +21,7 @@ def probe(case: Case, answer: Any) -> Seen:
 
 
 def mistakes(scores: np.ndarray) -> Iterator[Mistake]:
+    """Weights of the scores' shape."""
     yield softmax(scores, axis=None), "the whole array sums to 1; each *row* should: axis=-1"
     if scores.ndim > 1:
         columns = "the columns sum to 1, not the rows: the softmax runs over the last axis, axis=-1"
@@ -31,6 +33,7 @@ def mistakes(scores: np.ndarray) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The scores are left alone, nothing overflows, every row is its softmax."""
     scores = draw_scores(case)
     untouched(seen, scores=scores)
     got = array(seen, "weights", "the result")

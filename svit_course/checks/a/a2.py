@@ -18,6 +18,7 @@ def inputs(case: Case) -> np.ndarray:
 
 
 def probe(case: Case, answer: Any) -> Seen:
+    """The weights, and p as it is afterwards."""
     p = inputs(case)
     with np.errstate(all="ignore"):
         result = answer(p, case["tau"])
@@ -25,6 +26,7 @@ def probe(case: Case, answer: Any) -> Seen:
 
 
 def mistakes(p: np.ndarray, tau: float) -> Iterator[Mistake]:
+    """Weights of p's shape, or what is returned in their place."""
     r, hard = np.maximum(p - tau, 0), np.where(p > tau, p, 0)
     with np.errstate(all="ignore"):
         by_column = np.nan_to_num(r / r.sum(axis=0, keepdims=True))
@@ -41,6 +43,7 @@ def mistakes(p: np.ndarray, tau: float) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """p is left alone, an empty row gives zeros, every row is cut and renormalised."""
     p, tau = inputs(case), case["tau"]
     untouched(seen, p=p)
     got = array(seen, "weights", "the result")

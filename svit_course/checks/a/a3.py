@@ -13,6 +13,7 @@ from svit_course.question import Case, Question, Seen
 
 
 def probe(case: Case, answer: Any) -> Seen:
+    """The output, and q, k, v as they are afterwards."""
     q, k, v = draw_qkv(case)
     with np.errstate(all="ignore"):
         out = answer(q, k, v, case["tau"])
@@ -37,6 +38,7 @@ def mistakes(case: Case, scores: np.ndarray, v: np.ndarray) -> Iterator[Mistake]
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """q, k, v are left alone, and the output is that of the formula."""
     q, k, v = draw_qkv(case)
     untouched(seen, q=q, k=k, v=v)
     scores = q @ k.swapaxes(-1, -2)

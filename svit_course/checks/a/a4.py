@@ -18,6 +18,7 @@ GRADIENTS = {"dq": "q", "dk": "k", "dv": "v"}
 
 
 def inputs(case: Case) -> list[Tensor]:
+    """q, k, v of the case as float64 tensors that require gradients."""
     return [torch.from_numpy(x).requires_grad_() for x in draw_qkv(case)]
 
 
@@ -37,6 +38,7 @@ def expected(case: Case, empty_rows: str = "dense") -> dict[str, np.ndarray]:
 
 
 def probe(case: Case, answer: Any) -> Seen:
+    """Output, weights, which inputs were changed, and the gradients of q, k, v; None where none comes."""
     q, k, v = inputs(case)
     before = [x.detach().clone() for x in (q, k, v)]
     result = answer(q, k, v, case["tau"])
@@ -64,6 +66,7 @@ def mistakes(case: Case, p: np.ndarray) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """Weights first, then the output, then the gradients: a mistake in one shows in those after it."""
     if seen["changed"]:
         raise Wrong(f"it changed its input {', '.join(seen['changed'])} in place: the caller still needs it")
     right = expected(case)
@@ -78,6 +81,7 @@ def judge(case: Case, seen: Seen) -> None:
 
 
 def judge_gradient(seen: Seen, key: str, letter: str, right: np.ndarray) -> None:
+    """The gradient ``key`` of q, k or v, ``letter``, against the ``right`` one."""
     if seen.get(key) is None:
         raise Wrong(f"the output does not depend on {letter}, as far as autograd can see: is there a detach()?")
     got = array(seen, key, f"the gradient of {letter}")

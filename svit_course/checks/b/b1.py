@@ -19,6 +19,7 @@ def inputs(case: Case) -> tuple[np.ndarray, Given]:
 
 
 def probe(case: Case, grad_p_and_v: Any) -> Seen:
+    """g and dv, and the inputs as they are afterwards."""
     p, (_, v, tau, d_out) = inputs(case)
     with np.errstate(all="ignore"):
         result = grad_p_and_v(p, v, tau, d_out)
@@ -28,6 +29,7 @@ def probe(case: Case, grad_p_and_v: Any) -> Seen:
 
 
 def g_mistakes(given: Given) -> Iterator[Mistake]:
+    """Gradients of the shape of p, [..., N, M]."""
     _, v, _, d_out = given
     right, constant = formula(given), formula(given, constant_sum=True)["dp"]
     g, z = right["dp"], right["z"]
@@ -43,6 +45,7 @@ def g_mistakes(given: Given) -> Iterator[Mistake]:
 
 
 def dv_mistakes(given: Given) -> Iterator[Mistake]:
+    """Gradients of the shape of v, [..., M, Dv], or what is returned in their place."""
     d_out, right = given[3], formula(given)
     plain = right["p"].swapaxes(-1, -2) @ d_out
     yield plain, "dv uses the softmax p: the output is A v, so the weights after the cut count"
@@ -51,6 +54,7 @@ def dv_mistakes(given: Given) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The inputs are left alone, the order is g, dv, an empty row gives no NaN, both are autograd's."""
     p, given = inputs(case)
     untouched(seen, p=p, v=given[1], d_out=given[3])
     got_g, got_dv = array(seen, "g", "the first result, g,"), array(seen, "dv", "the second result, dv,")
@@ -67,7 +71,10 @@ def judge(case: Case, seen: Seen) -> None:
 QUESTION = Question(
     name="b1",
     answers=("grad_p_and_v",),
-    cases=(TOY, {"what": "four queries, six keys", "seed": 1, "n": 4, "m": 6, "dv": 3, "tau": 0.1}),
+    cases=(
+        TOY,
+        {"what": "four queries, six keys", "seed": 1, "n": 4, "m": 6, "dv": 3, "tau": 0.1},
+    ),
     probe=probe,
     judge=judge,
     hints=(

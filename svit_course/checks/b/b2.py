@@ -20,12 +20,14 @@ def inputs(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def probe(case: Case, grad_scores: Any) -> Seen:
+    """The gradient of the scores, and p and g as they are afterwards."""
     p, g, _ = inputs(case)
     with np.errstate(all="ignore"):
         return {"ds": grad_scores(p, g, case["tau"]), "p": p, "g": g}
 
 
 def mistakes(p: np.ndarray, g: np.ndarray, tau: float, expected: np.ndarray) -> Iterator[Mistake]:
+    """Gradients of the shape of the scores, [..., N, M]."""
     inner = g - expected / p  # what the softmax subtracts in each row
     yield (
         np.where(p > tau, expected, 0),
@@ -46,6 +48,7 @@ def mistakes(p: np.ndarray, g: np.ndarray, tau: float, expected: np.ndarray) -> 
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """p and g are left alone, and the gradient is autograd's."""
     p, g, expected = inputs(case)
     untouched(seen, p=p, g=g)
     compare(array(seen, "ds", "the result"), expected, "the result", mistakes(p, g, case["tau"], expected))

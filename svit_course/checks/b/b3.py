@@ -25,12 +25,14 @@ def inputs(case: Case) -> Given:
 
 
 def probe(case: Case, grad_tau: Any) -> Seen:
+    """The gradient of tau, and the inputs as they are afterwards."""
     scores, v, tau, d_out = map(torch.tensor, inputs(case))
     p = scores.softmax(dim=-1)
     return {"dtau": grad_tau(p, v, tau, d_out), "p": p, "v": v, "tau": tau, "d_out": d_out}
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The inputs are left alone, and the gradient is autograd's, empty rows falling back to their softmax."""
     given = scores, v, tau, d_out = inputs(case)
     untouched(seen, p=softmax(scores), v=v, tau=tau, d_out=d_out)
     compare_tau(array(seen, "dtau", "the result"), library(given, "dense")["dtau"], "dtau", given)

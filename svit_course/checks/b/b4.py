@@ -68,6 +68,7 @@ def gradients(out: Any, leaf: Sequence[Tensor], upstream: Tensor, names: Sequenc
 
 
 def probe(case: Case, function: Any, learnable: Any) -> Seen:
+    """The Function's output and gradients, alone and where something comes between; and the learnable threshold."""
     kind: Any = function
     if not (isinstance(kind, type) and issubclass(kind, torch.autograd.Function)):
         raise Wrong("ThresholdedAttention should stay a subclass of torch.autograd.Function")
@@ -106,6 +107,7 @@ def overwritten(case: Case, function: Any, position: int) -> Seen | str:
 
 
 def probe_learnable(case: Case, learnable: Any, upstream: Tensor) -> Seen:
+    """Output of learnable_attention, the gradient of its logit, and the steps that autograd recorded."""
     leaf, logit = leaves(case)[0], logit_of(case).requires_grad_()
     learned = learnable(*leaf[:3], logit)
     seen: Seen = {"learned": learned}
@@ -147,6 +149,7 @@ def expected(case: Case, empty_rows: str = "dense") -> Named:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The Function's output, its inputs, its gradients, what it remembers; then learnable_attention."""
     (q, k, v, tau), d_out = inputs(case)
     right = expected(case)
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if q.dtype == np.float32 else {"rtol": 1e-5, "atol": 1e-6}
@@ -183,6 +186,7 @@ def judge_memory(seen: Seen, right: Named, tolerance: dict[str, float]) -> None:
 
 
 def judge_learnable(seen: Seen, right: Named, dense: np.ndarray) -> None:
+    """Its output, that it goes through the student's Function, and the gradient of its logit."""
     learned = array(seen, "learned", "the result of learnable_attention")
     uncut = [(dense, "learnable_attention cuts nothing: is tau = sigmoid(logit)?")]
     compare(learned, right["learned"], "the output of learnable_attention", uncut, rtol=1e-3, atol=1e-4)
@@ -202,6 +206,7 @@ def judge_learnable(seen: Seen, right: Named, dense: np.ndarray) -> None:
 
 
 def judge_gradients(case: Case, got: Seen, right: Named, given: Given, tolerance: dict[str, float]) -> None:
+    """The gradients of q, k, v and tau, ``got``, against the ``right`` ones."""
     for name in NAMES:
         if got[f"d{name}"] is None:
             raise Wrong(f"backward returns no gradient for {name}: it returns dq, dk, dv, dtau, one for each input")

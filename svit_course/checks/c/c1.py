@@ -44,6 +44,7 @@ def options(case: Case) -> dict[str, Any]:
 
 
 def timm_module(case: Case) -> Attention:
+    """timm's Attention of the case, in eval mode unless the case says ``training``."""
     with torch.random.fork_rng(devices=[]):
         module = Attention(case["dim"], case["heads"], **options(case))
     fill(module, case["seed"], case.get("gain", 2.0))
@@ -82,6 +83,7 @@ def masks(case: Case) -> dict[str, Any]:
 
 
 def probe(case: Case, thresholded_attention: Any) -> Seen:
+    """Output, tokens, gradients, and a second call, of a timm module that was given the student's class."""
     module, x = timm_module(case), tokens(case).requires_grad_()
     before = x.detach().clone()
     module.__class__ = thresholded_attention
@@ -128,6 +130,7 @@ def output(case: Case, called_with: dict[str, Any] | None = None, **layers: Any)
 
 
 def mask_mistakes(case: Case) -> Iterator[Mistake]:
+    """The mask is ignored, or read in another way."""
     given = masks(case)
     if given.get("is_causal"):
         upper = {"attn_mask": torch.ones(case["n"], case["n"], dtype=torch.bool).triu()}
@@ -196,6 +199,7 @@ def weight_mistakes(case: Case, record: Any, unmasked: Tensor) -> Iterator[tuple
 
 
 def scale_mistakes(case: Case) -> Iterator[Mistake]:
+    """Another scale, or norms left out."""
     scale, none = (case["dim"] // case["heads"]) ** -0.5, nn.Identity()
     yield output(case, scale=1.0), "the scores are not scaled: multiply them by self.scale, which is D ** -0.5"
     yield output(case, scale=scale**2), "the scores are scaled twice: self.scale is D ** -0.5 already"
@@ -280,6 +284,7 @@ MISTAKES = (mask_mistakes, cut_mistakes, scale_mistakes, head_mistakes, merge_mi
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The tokens are left alone; with many ``draws`` dropout is judged, else output and gradients."""
     unchanged(seen["x before"], seen["x"], "x")
     got, expected = array(seen, "out", "the output"), output(case)
     if "draws" in case:

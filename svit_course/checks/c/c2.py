@@ -11,7 +11,7 @@ from torch import nn
 
 from svit_course.checks.c.shared import cut_logits, judge_names, logits, pictures, step, vit
 from svit_course.judging import Mistake, array, close, compare
-from svit_course.question import Case, Question, Seen, Wrong, in_words
+from svit_course.question import Case, Question, Seen, Wrong, describe
 from svit_utils import sparsify
 
 
@@ -56,7 +56,7 @@ def probe(case: Case, convert: Any, restore: Any) -> Seen:
         text = "the forward of ThresholdedAttention, c1, is not written yet: convert can only be tried with it"
         raise Wrong(text) from error
     except Exception as error:  # judged after what came before it
-        return {**seen, "failed": in_words(error, ("convert", "restore"))}
+        return {**seen, "failed": describe(error, ("convert", "restore"))}
     seen["calls"] = len(calls)
     try:
         restore(model)
@@ -67,12 +67,13 @@ def probe(case: Case, convert: Any, restore: Any) -> Seen:
     except NotImplementedError:
         raise
     except Exception as error:  # judged after what came before it
-        return {**seen, "stopped": in_words(error, ("convert", "restore"))}
+        return {**seen, "stopped": describe(error, ("convert", "restore"))}
     step(held)
     return {**seen, "stepped": logits(model, x), "state stepped": list(model.state_dict().values())}
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """What convert leaves alone, the converted model, the restored one, a second convert, and a training step."""
     if "refused" in case:
         judge_refusal(case, seen)
         return
@@ -87,6 +88,7 @@ def judge(case: Case, seen: Seen) -> None:
 
 
 def judge_refusal(case: Case, seen: Seen) -> None:
+    """A model without an attention that can be converted is refused, by name."""
     if "refusal" not in seen:
         got = seen.get("names")
         if case["model"] == "stranger" and got:
@@ -131,6 +133,7 @@ def judge_tensors(seen: Seen) -> None:
 
 
 def converted_mistakes(case: Case, dense: np.ndarray) -> Iterator[Mistake]:
+    """Logits [B, classes] of models that are converted in another way."""
     tau = case["tau"]
     yield dense, "after convert the model gives the dense output: is the class of its modules changed?"
     last = cut_logits(case, tau, layers=[-1])
@@ -164,6 +167,7 @@ def judge_converted(case: Case, seen: Seen, modules: int) -> None:
 
 
 def judge_restored(case: Case, seen: Seen) -> None:
+    """The restored model is the dense one, bit for bit."""
     if "restored" not in seen:
         raise Wrong(f"restore, after convert: {seen['stopped']}")
     restored, dense = array(seen, "restored", "the output after restore"), seen["dense"]

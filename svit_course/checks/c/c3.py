@@ -28,6 +28,7 @@ NO_MANAGER = re.compile(r"is not an iterator|context manager protocol|__enter__|
 
 
 def probe(case: Case, cut_for_a_while: Any) -> Seen:
+    """See `run_blocks`; a function that is no context manager is refused with a sentence."""
     try:
         return run_blocks(case, cut_for_a_while)
     except (TypeError, AttributeError, RuntimeError) as error:
@@ -63,6 +64,7 @@ def run_blocks(case: Case, cut_for_a_while: Any) -> Seen:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """Inside the block the model is cut; however the block ends, it is afterwards what it was."""
     model, body, tau = vit(case), case["body"], case["tau"]
     keys = list(model.state_dict())
     dense, cut = cut_logits(case, 0.0), cut_logits(case, tau)
@@ -106,6 +108,7 @@ def judge_step(case: Case, seen: Seen, dense: np.ndarray) -> None:
 
 
 def judge_dense_again(case: Case, seen: Seen, cut: np.ndarray) -> None:
+    """After the block the output is that from before, bit for bit."""
     after, body = array(seen, "after", "the output after the block"), case["body"]
     if np.array_equal(after, seen["before"]):
         return

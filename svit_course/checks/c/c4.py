@@ -12,7 +12,7 @@ from torch import nn
 
 from svit_course.checks.c.shared import logits, pictures, vit
 from svit_course.judging import Mistake, array, compare, unchanged
-from svit_course.question import Case, Question, Seen, Wrong, in_words
+from svit_course.question import Case, Question, Seen, Wrong, describe
 from svit_utils import sparsify
 from svit_utils.attention import sparse_modules
 
@@ -36,6 +36,7 @@ def state(model: nn.Module) -> list[int]:
 
 
 def probe(case: Case, class_attention_on_grid: Any) -> Seen:
+    """The map, or the error in its place; and the model's state, hooks and logits before and afterwards."""
     model, x = vit(case), pictures(case)
     before, dense = state(model), logits(model, x)
     try:
@@ -46,7 +47,7 @@ def probe(case: Case, class_attention_on_grid: Any) -> Seen:
         text = f"{type(error).__name__}: {error}"
         if NOTHING_SEEN.search(text):
             return {"stopped": text}
-        return {"failed": text, "words": in_words(error, ("class_attention_on_grid",))}
+        return {"failed": text, "words": describe(error, ("class_attention_on_grid",))}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     seen = {"map": result, "before": before, "state": state(model), "hooks": hooks, "dense": dense}
     return {**seen, "after": logits(model, x)}
@@ -145,6 +146,7 @@ def row_mistakes(case: Case, full: np.ndarray, p: int, lay: Lay) -> Iterator[Mis
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The map is the class token's row on the grid, and the model is left as it was."""
     p = PREFIX.get(case["model"], 1)
     h, w = (pixels // 8 for pixels in case.get("pixels", (32, 32)))
     if "stopped" in seen:

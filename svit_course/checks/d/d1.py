@@ -23,6 +23,7 @@ Run = list[Note]
 
 
 def steps_asked(case: Case) -> list[int]:
+    """The steps that tau_at is asked about: from 0 to beyond the end of the run."""
     return [0, 1, 2, *range(3, case["steps"] + 3)]
 
 
@@ -35,6 +36,7 @@ def probe(case: Case, tau_at: Any, fine_tune: Any) -> Seen:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The schedule, then what a fair comparison needs: start, batches, the cut, the training, the answers."""
     judge_schedule(case, seen)
     if seen["changed"]:
         raise Wrong(f"it changed its input {', '.join(seen['changed'])} in place: the caller still needs it")
@@ -57,6 +59,7 @@ def schedule(case: Case, steps: Any) -> np.ndarray:
 
 
 def schedule_mistakes(case: Case) -> Iterator[Mistake]:
+    """Taus of the steps asked."""
     steps, tau, ramp = np.array(steps_asked(case)), case["tau"], case["ramp"]
     part, long = steps / max(ramp, 1), steps / max(case["steps"], 1)
     full = np.full(len(steps), tau)
@@ -72,6 +75,7 @@ def schedule_mistakes(case: Case) -> Iterator[Mistake]:
 
 
 def judge_schedule(case: Case, seen: Seen) -> None:
+    """tau rises from 0 at step 0 to the full tau at step ``ramp``."""
     got = seen["taus"]
     if any(value is None for value in got):
         raise Wrong("tau_at returns None for some step: does it end without `return`?")
@@ -164,6 +168,7 @@ def judge_order(case: Case, seen: Seen, dense: Run, sparse: Run) -> None:
 
 
 def cut_mistakes(case: Case, expected: np.ndarray) -> Iterator[Mistake]:
+    """Taus of the steps of the run."""
     tau, steps = case["tau"], case["steps"]
     at_once = "the sparse run trains at the full tau from step 0, tau jumps at once: set tau_at(step, ...) before each "
     yield np.full(steps, tau), at_once + "step"

@@ -239,6 +239,7 @@ def why_not(got: np.ndarray, a: np.ndarray, b: np.ndarray, resamples: int, group
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The interval lies where chance explains it, follows from the seed, and is a bootstrap's."""
     given, groups = inputs(case), draw_groups(case)
     untouched(seen, a=given[0], b=given[1])
     if groups is not None:

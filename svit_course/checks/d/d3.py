@@ -24,6 +24,7 @@ def inputs(case: Case) -> np.ndarray:
 
 
 def probe(case: Case, interval_over_seeds: Any) -> Seen:
+    """The interval, or the refusal where there is one seed; and the differences as they are afterwards."""
     differences = inputs(case)
     try:
         with np.errstate(all="ignore"):
@@ -81,6 +82,7 @@ def mistakes(d: np.ndarray) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """One seed is refused; of several, (mean, low, high) are those of Student's t."""
     d = inputs(case)
     untouched(seen, differences=d)
     if len(d) == 1:

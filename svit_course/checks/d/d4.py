@@ -22,6 +22,7 @@ def inputs(case: Case) -> tuple[Table, Table]:
 
 
 def probe(case: Case, choose_tau: Any) -> Seen:
+    """The choice, and both tables as they are afterwards."""
     validation, test = inputs(case)
     result = choose_tau(validation, test)
     return {"choice": result, "validation": list(validation.values()), "test": list(test.values())}
@@ -44,6 +45,7 @@ class Tables:
 
 
 def mistakes(validation: Table, test: Table) -> Iterator[Mistake]:
+    """(tau, test accuracy) of what is known to go wrong."""
     t = Tables(validation, test)
     top, chosen = int(t.on_test.argmax()), t.chosen
     snoop = (
@@ -78,6 +80,7 @@ def mistakes(validation: Table, test: Table) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The tables are left alone; validation has chosen, and the mean over seeds on test is reported."""
     validation, test = inputs(case)
     for name, table in (("validation", validation), ("test", test)):
         if not same_lists(seen[name], list(table.values())):

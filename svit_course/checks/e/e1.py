@@ -29,6 +29,7 @@ def inputs(case: Case) -> list[np.ndarray]:
 
 
 def probe(case: Case, rollout: Any) -> Seen:
+    """The map, and the layers as they are afterwards."""
     layers = [torch.from_numpy(layer) for layer in inputs(case)]
     return {"map": rollout(layers, case["prefix"]), "layers": layers}
 
@@ -79,6 +80,7 @@ def mistakes(arrays: list[np.ndarray], prefix: int) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The list and its layers are left alone, and the map is the library's."""
     layers, prefix = inputs(case), case["prefix"]
     if len(seen["layers"]) != len(layers):
         raise Wrong("it changed the list `attentions`: the caller still needs it. Loop over it, without pop or reverse")

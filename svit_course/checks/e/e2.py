@@ -54,6 +54,7 @@ def draw_tokens(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def probe(case: Case, tap: Any, token_grad_cam: Any) -> Seen:
+    """The map, with the tensors it was made of: the case's, or those that tap took from a small model."""
     grid, prefix = tuple(case["grid"]), case["prefix"]
     if "depth" not in case:
         features, gradient = (torch.from_numpy(tokens) for tokens in draw_tokens(case))
@@ -76,6 +77,7 @@ def hooks(model: torch.nn.Module) -> int:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The tap, where the case has a model; then the map that token_grad_cam makes."""
     if "depth" in case:
         judge_tap(case, seen)
         features, gradient = seen["features"], seen["gradient"]
@@ -222,6 +224,7 @@ def library_map(model: VisionTransformer, x: Tensor, classes: list[int], layer: 
 
 
 def tap_mistakes(case: Case, expected: np.ndarray) -> Iterator[Mistake]:
+    """Maps [B, h, w] of features and gradients that are taken in another way."""
     model, x, targets = draw_model(case)
     before = model.blocks[-2] if case["depth"] > 1 else model.norm_pre
     entering = library_map(model, x, targets.tolist(), before)

@@ -32,6 +32,7 @@ def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def probe(case: Case, energy_in_mask: Any, pointing_game: Any) -> Seen:
+    """Both scores, and maps and masks as they are afterwards."""
     maps, masks = (torch.from_numpy(values) for values in inputs(case))
     seen = {"energy": energy_in_mask(maps, masks), "pointing": pointing_game(maps, masks)}
     return {**seen, "maps": maps, "masks": masks}
@@ -122,6 +123,7 @@ def pointing_mistakes(maps: np.ndarray, masks: np.ndarray, pointing: np.ndarray)
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """Maps and masks are left alone, and both scores are the library's."""
     maps, masks = inputs(case)
     untouched(seen, maps=maps, masks=masks)
     values, inside = enlarged(maps, masks), torch.from_numpy(masks)

@@ -26,6 +26,7 @@ def inputs(case: Case) -> np.ndarray:
 
 
 def probe(case: Case, drawn_through: Any, attention_map: Any) -> Seen:
+    """The drawn rows, the map without and with tau, and the weights as they are afterwards."""
     weights, tau, prefix = torch.from_numpy(inputs(case)), case["tau"], case["prefix"]
     seen = {"rows": drawn_through(weights, tau), "plain": attention_map(weights, prefix)}
     return {**seen, "drawn": attention_map(weights, prefix, tau), "weights": weights}
@@ -110,6 +111,7 @@ def drawn_mistakes(p: np.ndarray, tau: float, prefix: int) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The weights are left alone; then the rows, the plain map, and the map drawn through the threshold."""
     weights, tau, prefix = inputs(case), case["tau"], case["prefix"]
     untouched(seen, weights=weights)
     p, right = weights.astype(np.float64), displayed(double(weights), tau).numpy()

@@ -72,6 +72,7 @@ def mistakes(case: Case, dense: np.ndarray, cut: np.ndarray) -> Iterator[Mistake
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """Model, images and taus are left as they were, the measurement is in eval mode, and the errors are right."""
     judge_left_cut(seen)
     untouched(seen, images=draw_images(case))
     if seen["taus"] != [list(pair) for pair in case["taus"]]:

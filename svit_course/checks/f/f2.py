@@ -14,6 +14,7 @@ from svit_utils.attention import sparse_modules
 
 
 def probe(case: Case, sensitivity: Any) -> Seen:
+    """The table, which modules are still cut, and images and taus as they are afterwards."""
     model, images, taus = draw_model(case), draw_images(case), list(case["taus"])
     try:
         errors = sensitivity(model, images, taus)
@@ -65,6 +66,7 @@ def mistakes(away: Distances, alone: np.ndarray) -> Iterator[Mistake]:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """Model, images and taus are left as they were, and the table is right."""
     judge_left_cut(seen)
     untouched(seen, images=draw_images(case), taus=case["taus"])
     layers, taus = case["depth"], case["taus"]

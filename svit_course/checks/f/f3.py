@@ -10,6 +10,7 @@ from svit_course.question import Case, Question, Seen, Wrong
 
 
 def probe(case: Case, choose_thresholds: Any) -> Seen:
+    """The chosen taus, or the ValueError's text; and the tables and taus as they are afterwards."""
     error, sparsity = draw_tables(case)
     taus, raised, chosen = list(case["taus"]), None, None
     try:

@@ -22,6 +22,7 @@ def inputs(case: Case) -> dict[str, Tables]:
 
 
 def probe(case: Case, choose_and_report: Any) -> Seen:
+    """Two reports that differ in the test tables alone, and all tables as they are afterwards."""
     seen: Seen = {}
     for test in ("test", "kinder"):
         splits = {name: {"error": e, "sparsity": s} for name, (e, s) in inputs(case).items()}
@@ -31,6 +32,7 @@ def probe(case: Case, choose_and_report: Any) -> Seen:
 
 
 def judge(case: Case, seen: Seen) -> None:
+    """The tables are left alone, the test tables choose nothing, the choice is good, its numbers are right."""
     splits = inputs(case)
     error, sparsity = splits["validation"]
     columns = {}
