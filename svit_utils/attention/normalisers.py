@@ -112,13 +112,19 @@ class Normaliser:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-class _WithThreshold(Normaliser):
-    """A normaliser that cuts at tau."""
+class _Cutting(Normaliser):
+    """A normaliser that cuts at tau.
+
+    Args:
+        threshold: tau in [0, 1), a tensor [H], or a threshold object.
+        empty_rows: see `svit_utils.attention.formula.thresholded_softmax`.
+    """
 
     threshold: Threshold
 
-    def __init__(self, threshold: ThresholdLike = 0.01) -> None:
-        self.threshold = as_threshold(threshold)
+    def __init__(self, threshold: ThresholdLike = 0.01, empty_rows: str = "dense") -> None:
+        check_empty_rows(empty_rows)
+        self.threshold, self.empty_rows = as_threshold(threshold), empty_rows
 
     def tau(self, scores: Tensor) -> Tensor:
         """Tau for scores [B, H, N, M], broadcastable to [B, H, N, 1]."""
@@ -129,42 +135,32 @@ class _WithThreshold(Normaliser):
     def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
         return effective_tau(scores.softmax(dim=-1), self.tau(scores), self.empty_rows)
 
-
-class _WithEmptyRows(_WithThreshold):
-    """A normaliser that cuts at tau and renormalises, so that a row without a survivor needs a rule.
-
-    Args:
-        threshold: tau in [0, 1), a tensor [H], or a threshold object.
-        empty_rows: see `svit_utils.attention.formula.thresholded_softmax`.
-    """
-
-    def __init__(self, threshold: ThresholdLike = 0.01, empty_rows: str = "dense") -> None:
-        check_empty_rows(empty_rows)
-        super().__init__(threshold)
-        self.empty_rows = empty_rows
-
     def settings(self) -> dict[str, Any]:
         return {"empty_rows": self.empty_rows}
 
 
-class ThresholdedSoftmax(_WithEmptyRows):
+class ThresholdedSoftmax(_Cutting):
     """R / sum(R) with R = ReLU(softmax(scores) - tau): the method itself, and the only one with fast backends."""
 
     def weights(self, scores: Tensor) -> Tensor:
         return cut_and_renormalise(scores.softmax(dim=-1), self.tau(scores), self.empty_rows)
 
 
-class HardCut(_WithEmptyRows):
+class HardCut(_Cutting):
     """`hard_cut` as a normaliser."""
 
     def weights(self, scores: Tensor) -> Tensor:
         return hard_cut(scores, self.tau(scores), self.empty_rows)
 
 
-class ClippedSoftmax(_WithThreshold):
+class ClippedSoftmax(_Cutting):
     """`clipped_softmax` as a normaliser; ``threshold`` as in `ThresholdedSoftmax`."""
 
-    empty_rows = "zero"
+    def __init__(self, threshold: ThresholdLike = 0.01) -> None:
+        super().__init__(threshold, "zero")  # it does not renormalise: an empty row is 0 by the formula
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def weights(self, scores: Tensor) -> Tensor:
         return clipped_softmax(scores, self.tau(scores))
@@ -238,9 +234,7 @@ def as_normaliser(normaliser: str | object, threshold: ThresholdLike = 0.01, emp
     given: dict[str, Any] = {"threshold": as_threshold(threshold), "empty_rows": empty_rows}
     usual = {"threshold": isinstance(threshold, float) and threshold == 0.01, "empty_rows": empty_rows == "dense"}
     if isinstance(normaliser, str):
-        if normaliser not in NORMALISERS:
-            raise ValueError(f"unknown normaliser {normaliser!r}: allowed are {', '.join(map(repr, NORMALISERS))}")
-        cls = NORMALISERS[normaliser]
+        cls = _named(normaliser, NORMALISERS, "normaliser")
         takes = [name for name in given if name in inspect.signature(cls).parameters]
         found, label = cls(**{name: given[name] for name in takes}), f"normaliser {normaliser!r}"
     elif callable(getattr(normaliser, "weights", None)):
@@ -291,21 +285,21 @@ def from_description(description: Mapping[str, Any]) -> Normaliser:
     """
     settings = dict(description)
     name, threshold = settings.pop("name"), settings.pop("threshold", None)
-    if name not in NORMALISERS:
-        raise ValueError(f"unknown normaliser {name!r}: allowed are {', '.join(map(repr, NORMALISERS))}")
     if threshold is not None:
         values = dict(threshold)
         kind, warmup = values.pop("kind"), values.pop("warmup", 1.0)
-        if kind not in THRESHOLDS:
-            raise ValueError(f"unknown kind of threshold {kind!r}: allowed are {', '.join(map(repr, THRESHOLDS))}")
-        settings["threshold"] = THRESHOLDS[kind](**values).set_warmup(warmup)
-    return NORMALISERS[name](**settings)
+        settings["threshold"] = _named(kind, THRESHOLDS, "kind of threshold")(**values).set_warmup(warmup)
+    return _named(name, NORMALISERS, "normaliser")(**settings)
+
+
+def _named(name: str, registry: Mapping[str, type], what: str) -> Any:
+    if name not in registry:
+        raise ValueError(f"unknown {what} {name!r}: allowed are {', '.join(map(repr, registry))}")
+    return registry[name]
 
 
 def _name_of(thing: object, registry: Mapping[str, type], registry_name: str) -> str:
     for name, cls in registry.items():
         if type(thing) is cls:
             return name
-    raise ValueError(
-        f"{type(thing).__name__} is not in {registry_name}, so it cannot be saved by name: add it there first"
-    )
+    raise ValueError(f"{type(thing).__name__} is not in {registry_name}, so it cannot be saved by name: add it there")

@@ -16,13 +16,7 @@ from torch import nn
 
 from svit_utils.attention.functional import check_backend
 from svit_utils.attention.module import SPARSE_CLASSES, SparseAttentionMixin
-from svit_utils.attention.normalisers import (
-    Normaliser,
-    ThresholdedSoftmax,
-    as_normaliser,
-    describe,
-    from_description,
-)
+from svit_utils.attention.normalisers import Normaliser, ThresholdedSoftmax, as_normaliser, describe, from_description
 from svit_utils.attention.thresholds import LearnableThreshold, ThresholdLike
 
 Layer = int | str
@@ -63,9 +57,8 @@ class SparsifyReport:
     def __str__(self) -> str:
         lines = [f"{len(self.converted)} of {len(self.layers)} attention modules are sparse"]
         for layer in self.layers:
-            lines.append(
-                f"  {'sparse' if layer.converted else 'dense '}  {layer.name} ({layer.class_name}): {layer.detail}"
-            )
+            what = "sparse" if layer.converted else "dense "
+            lines.append(f"  {what}  {layer.name} ({layer.class_name}): {layer.detail}")
         return "\n".join(lines)
 
 
@@ -192,13 +185,12 @@ def describe_sparsity(model: nn.Module) -> dict[str, Any]:
         ValueError: a normaliser or threshold of a class that is in no registry.
     """
     modules = sparse_modules(model)
-    thresholds = [module.threshold for module in modules.values()]
+    ids = [id(module.threshold) for module in modules.values()]
     layers: dict[str, Any] = {}
     for name, module in modules.items():
         layers[name] = {"normaliser": describe(module.normaliser), "backend": module.backend}
-        first = next(i for i, threshold in enumerate(thresholds) if threshold is module.threshold)
-        if module.threshold is not None and sum(threshold is module.threshold for threshold in thresholds) > 1:
-            layers[name]["shares"] = first
+        if module.threshold is not None and ids.count(id(module.threshold)) > 1:
+            layers[name]["shares"] = ids.index(id(module.threshold))
     return {"layers": layers} if layers else {}
 
 
@@ -267,9 +259,8 @@ def _supported_modules(model: nn.Module) -> dict[str, nn.Module]:
             unsupported.add(f"{cls.__module__}.{cls.__name__}")
     if not supported:
         found = f"its attention is {', '.join(sorted(unsupported))}" if unsupported else "it has no attention module"
-        raise ValueError(
-            f"{type(model).__name__} has no attention that sparsify can convert: {found}; supported are {_SUPPORTED}"
-        )
+        what = f"{type(model).__name__} has no attention that sparsify can convert"
+        raise ValueError(f"{what}: {found}; supported are {_SUPPORTED}")
     return supported
 
 

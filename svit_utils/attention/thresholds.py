@@ -35,7 +35,6 @@ class Threshold(nn.Module):
 
     def for_heads(self, num_heads: int) -> Threshold:
         """The object a layer of ``num_heads`` heads holds: a copy, unless it is shared between layers."""
-        del num_heads
         return copy.deepcopy(self)
 
     def settings(self) -> dict[str, Any]:
@@ -88,15 +87,13 @@ class FixedThreshold(Threshold):
     def tau(self) -> float | Tensor:
         """Tau now in force: a float, or a tensor [H]."""
         tau = self.value * self.warmup
-        return tau if tau.ndim else _rounded(tau)
+        return tau if tau.ndim else float(f"{float(tau):.7g}")  # 0.01, not float32's 0.009999999776
 
     def forward(self, keys: int | Tensor) -> Tensor:
-        tau = self.value * self.warmup
-        return tau[:, None, None] if tau.ndim else tau  # [H, 1, 1] or []
+        return _over_rows(self.value * self.warmup)
 
     def for_heads(self, num_heads: int) -> Threshold:
-        if self.value.ndim and self.value.shape[0] != num_heads:
-            raise ValueError(f"tau has {self.value.shape[0]} entries, but the layer has {num_heads} heads")
+        _check_entries(self.value, num_heads)
         return copy.deepcopy(self)
 
     def settings(self) -> dict[str, Any]:
@@ -169,16 +166,14 @@ class LearnableThreshold(Threshold):
         return torch.sigmoid(self.logit) * self.warmup
 
     def forward(self, keys: int | Tensor) -> Tensor:
-        tau = self.tau
-        return tau[:, None, None] if tau.ndim else tau  # [H, 1, 1] or []
+        return _over_rows(self.tau)
 
     def for_heads(self, num_heads: int) -> Threshold:
         if self.per == "model":
             return self
         own = copy.deepcopy(self)
         if self.per == "head":
-            if own.logit.ndim and own.logit.shape[0] != num_heads:
-                raise ValueError(f"tau has {own.logit.shape[0]} entries, but the layer has {num_heads} heads")
+            _check_entries(own.logit, num_heads)
             own.logit = nn.Parameter(self.logit.detach().expand(num_heads).clone())
         return own
 
@@ -230,14 +225,19 @@ def resolve_threshold(
             raise ValueError(f"threshold must be a number or a tensor [H], got shape {tuple(threshold.shape)}")
         if not torch.compiler.is_compiling():
             _check_range(threshold, threshold)
-        tau = threshold[:, None, None] if threshold.ndim else threshold
+        tau = _over_rows(threshold).to(dtype)
         _check_heads(tau, heads)
-        return tau.to(dtype)
+        return tau
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise ValueError(f"threshold must be a number, a tensor [H] or a threshold object, got {threshold!r}")
     if not 0.0 <= threshold < 1.0:  # False for NaN too
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     return float(threshold)
+
+
+def _over_rows(tau: Tensor) -> Tensor:
+    """Tau [] as it is, [H] as [H, 1, 1]."""
+    return tau[:, None, None] if tau.ndim else tau
 
 
 def _rounded(tau: Tensor) -> float:
@@ -246,10 +246,13 @@ def _rounded(tau: Tensor) -> float:
     return short if torch.tensor(short, dtype=tau.dtype) == tau else float(tau)
 
 
+def _check_entries(values: Tensor, num_heads: int) -> None:
+    if values.ndim and values.shape[0] != num_heads:
+        raise ValueError(f"tau has {values.shape[0]} entries, but the layer has {num_heads} heads")
+
+
 def _check_heads(tau: Tensor, heads: int | None) -> None:
-    if tau.ndim < 3 or tau.shape[-3] == 1:
-        return
-    if tau.shape[-3] != heads:
+    if tau.ndim >= 3 and tau.shape[-3] not in (1, heads):
         found = "no dimension of heads" if heads is None else f"{heads} heads"
         raise ValueError(f"threshold has {tau.shape[-3]} entries, but the scores have {found}")
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,17 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-COLUMNS = (
-    "kept_mean",
-    "kept_p10",
-    "kept_p50",
-    "kept_p90",
-    "cut_sparsity",
-    "applied_sparsity",
-    "empty_rate",
-    "kept_mass",
-    "effective_support",
-)
+SHARES = ("cut_sparsity", "applied_sparsity", "empty_rate", "kept_mass", "effective_support")
+COLUMNS = ("kept_mean", "kept_p10", "kept_p50", "kept_p90", *SHARES)
 
 
 @dataclass(frozen=True)
@@ -96,9 +86,7 @@ class TokenSparsityTracker:
                 module.row_observers.append(self._observe)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for module in self._modules.values():
             if self._observe in module.__dict__.get("row_observers", []):
                 module.row_observers.remove(self._observe)
@@ -117,9 +105,7 @@ class TokenSparsityTracker:
             ValueError: nothing was recorded yet.
         """
         if not self._totals:
-            raise ValueError(
-                "nothing recorded yet: run the model inside `with TokenSparsityTracker(model) as tracker:`"
-            )
+            raise ValueError("nothing recorded yet: run the model inside `with TokenSparsityTracker(model):`")
         import pandas as pd
 
         rows = [
@@ -144,14 +130,8 @@ class TokenSparsityTracker:
                 f"{empty:.0%} of the attention rows lose every key, so the empty_rows mode decides what the model "
                 "does. tau is too high for attention this flat; this is usual in a randomly initialised model"
             )
-        names = ("kept_mean", "cut_sparsity", "applied_sparsity", "empty_rate", "kept_mass", "effective_support")
-        return TrackerSummary(
-            layers=table["layer"].nunique(),
-            heads=len(table),
-            rows=rows,
-            **{name: float(means[name]) for name in names},
-            warning=warning,
-        )
+        shares = {name: float(means[name]) for name in ("kept_mean", *SHARES)}
+        return TrackerSummary(table["layer"].nunique(), len(table), rows, **shares, warning=warning)
 
     def heatmap(self, column: str = "cut_sparsity", queries: str = "all") -> Figure:
         """A layers x heads picture of one column of `table`.
@@ -162,11 +142,10 @@ class TokenSparsityTracker:
         from matplotlib.figure import Figure
 
         table = self.table()
-        if column not in COLUMNS or queries not in set(table["queries"]):
-            raise ValueError(
-                f"column must be one of {', '.join(COLUMNS)} and queries one of "
-                f"{', '.join(sorted(set(table['queries'])))}; got {column!r}, {queries!r}"
-            )
+        sets = sorted(set(table["queries"]))
+        if column not in COLUMNS or queries not in sets:
+            allowed = f"column must be one of {', '.join(COLUMNS)} and queries one of {', '.join(sets)}"
+            raise ValueError(f"{allowed}; got {column!r}, {queries!r}")
         values = table[table["queries"] == queries].pivot(index="layer", columns="head", values=column)
         values = values.loc[[name for name in self._names.values() if name in values.index]]
         figure = Figure(figsize=(2.2 + 0.5 * values.shape[1], 1.2 + 0.35 * values.shape[0]), layout="constrained")
@@ -196,9 +175,7 @@ class _Totals:
 
     def __init__(self, heads: int) -> None:
         self.queries = torch.zeros(heads, dtype=torch.int64)
-        self.sums = {
-            name: torch.zeros(heads, dtype=torch.float64) for name in ("keys", "kept", "zeros", "mass", "support")
-        }
+        self.sums = {n: torch.zeros(heads, dtype=torch.float64) for n in ("keys", "kept", "zeros", "mass", "support")}
         self.empty = torch.zeros(heads, dtype=torch.int64)
         self.histogram = torch.zeros(heads, 1, dtype=torch.int64)  # [H, largest number of keys + 1]
 
