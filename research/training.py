@@ -31,6 +31,7 @@ from svit_utils.records import pack
 from svit_utils.training import TrainConfig, build_data, build_model, evaluate, train
 
 TRACKED_IMAGES = 200
+# What the tracker's summary says of a sparse model, as recorded.
 SPARSITY = ("cut_sparsity", "applied_sparsity", "empty_rate", "kept_mass", "effective_support")
 # What a shipped checkpoint says of itself, in its safetensors metadata.
 CARD = (

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from research.study.maps import CHUNK, MODEL_MAPS, attention_views, baseline_maps, model_maps
 from research.study.studies import Study
+from research.training import SPARSITY
 from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsified
 from svit_utils.data import PlantedShapes
 from svit_utils.explain import attention_rollout, class_attention, grad_cam, layer_grad_cam, token_grid, upsample
@@ -179,12 +180,12 @@ def sparsity(trained: Trained, study: Study) -> Scores:
 
 
 def tracked(scores: Scores, model: nn.Module, x: Tensor) -> None:
-    """The tracker's summary."""
+    """Add the tracker's summary over the images ``x`` [B, 3, H, W]."""
     with TokenSparsityTracker(model) as tracker, torch.no_grad():
         for chunk in x.split(CHUNK):
             model(chunk)
     summary = tracker.summary()
-    for name in ("cut_sparsity", "applied_sparsity", "empty_rate", "kept_mass", "effective_support"):
+    for name in SPARSITY:
         scores.add(f"tracker:{name}", getattr(summary, name))
 
 
