@@ -40,7 +40,7 @@ if "google.colab" in sys.modules:
 {package}
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", package], check=True)
     from svit_utils.colab import prepare
-    prepare()"""
+    prepare()  # timm, captum and others where Colab lacks them; never torch or numpy"""
 _UPLOADED = """\
         import glob
         package = max(glob.glob("selectivevit-*.whl"), default=None)  # uploaded beside this notebook
