@@ -12,8 +12,8 @@ A backend registers two custom ops, so that ``torch.compile`` and ``torch.func``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from svit_utils.attention.record import attend
 SETTINGS = "Tensor tau, Tensor? mask, float scale, bool causal, float dropout, Tensor? seed, str empty_rows"
 # What a fast backend reports of each row: survivors, the sum of their p, non-zero weights, 1 / sum(A^2).
 STATISTICS = 4
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def flat(call: Call, q: Tensor) -> tuple[Any, ...]:
@@ -52,11 +54,24 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call, need: bool) -> t
     if differentiates(q, k, v, settings[0]):
         results: tuple[Tensor, ...] = Forward.apply(name, q, k, v, *settings, need)
         return results
-    return _op(name)(q, k, v, *settings, need)
+    return _op(name, q)(q, k, v, *settings, need)
 
 
-def _op(name: str) -> Any:
-    return getattr(torch.ops.svit, name)
+def implements(name: str) -> Callable[[_Function], _Function]:
+    """Remember a function as what the op ``svit::<name>`` does."""
+
+    def remember(function: _Function) -> _Function:
+        _IMPLEMENTATIONS[name] = function
+        return function
+
+    return remember
+
+
+def _op(name: str, q: Tensor) -> Any:
+    """The op, or the function behind it where nobody looks: the dispatcher costs as much as a small problem's work."""
+    if torch.compiler.is_compiling() or _transforms_active() or type(q) is not Tensor or q.is_meta:
+        return getattr(torch.ops.svit, name)
+    return _IMPLEMENTATIONS[name]
 
 
 def differentiates(*tensors: Tensor) -> bool:
@@ -78,7 +93,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(name, q, k, v, tau, mask, scale, causal, dropout, seed, empty_rows, need):  # type: ignore[no-untyped-def]
-        return _op(name)(q, k, v, tau, mask, scale, causal, dropout, seed, empty_rows, need)
+        return _op(name, q)(q, k, v, tau, mask, scale, causal, dropout, seed, empty_rows, need)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -108,7 +123,7 @@ class Backward(torch.autograd.Function):
     def forward(name, grad, out, rows, more, q, k, v, tau, mask, scale, causal, dropout, seed, empty_rows):  # type: ignore[no-untyped-def]
         # Written out, because torch.compile counts the parameters.
         settings = (tau, mask, scale, causal, dropout, seed, empty_rows)
-        return _op(name)(grad, out, rows, more, q, k, v, *settings)
+        return _op(name, q)(grad, out, rows, more, q, k, v, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svit_utils.attention.backends.autograd import SETTINGS, STATISTICS, from_flat, one_by_one, run
+from svit_utils.attention.backends.autograd import SETTINGS, STATISTICS, from_flat, implements, one_by_one, run
 from svit_utils.attention.backends.tiles import Problem, Tile
 from svit_utils.attention.call import Call
 from svit_utils.attention.formula import no_autocast, statistics_dtype
@@ -120,6 +120,7 @@ def _seed(settings: Sequence[Any]) -> int:
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {SETTINGS}, bool statistics) -> (Tensor, Tensor, Tensor)",
 )
+@implements("tiled_attention")
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward pass as one op for ``torch.compile``; see `forward`. The backward pass needs no more than q, k, v."""
     *settings, statistics = arguments
@@ -133,6 +134,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[T
     schema="(Tensor grad, Tensor out, Tensor rows, Tensor more, Tensor q, Tensor k, Tensor v, "
     f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@implements("tiled_attention_backward")
 def tiled_attention_backward(
     grad: Tensor, out: Tensor, rows: Tensor, more: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

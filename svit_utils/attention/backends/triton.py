@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svit_utils.attention.backends.autograd import SETTINGS, differentiates, from_flat, one_by_one, run
+from svit_utils.attention.backends.autograd import SETTINGS, differentiates, from_flat, implements, one_by_one, run
 from svit_utils.attention.call import Call
 from svit_utils.attention.formula import no_autocast
 from svit_utils.attention.thresholds import EMPTY_ROWS
@@ -226,6 +226,7 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str:
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {SETTINGS}, bool grad) -> (Tensor, Tensor, Tensor)",
 )
+@implements("triton_attention")
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward pass as one op; see `forward`."""
     *settings, grad = arguments
@@ -238,6 +239,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[
     schema="(Tensor grad, Tensor out, Tensor saved, Tensor u, Tensor q, Tensor k, Tensor v, "
     f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@implements("triton_attention_backward")
 def triton_attention_backward(
     grad: Tensor, out: Tensor, saved: Tensor, u: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
