@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from research.study.maps import CHUNK, MODEL_MAPS, attention_views, baseline_maps, model_maps
 from research.study.studies import Study
 from research.training import SPARSITY
+from research.zeros import normaliser_effect, reachability_table, value_path_certificate
 from svit_utils.attention import TokenSparsityTracker, sparse_modules, sparsified
 from svit_utils.data import PlantedShapes
 from svit_utils.explain import attention_rollout, class_attention, grad_cam, layer_grad_cam, token_grid, upsample
@@ -26,10 +27,7 @@ from svit_utils.referee import (
     faithfulness_scores,
     localisation_scores,
     max_sensitivity,
-    normaliser_effect,
-    reachability_table,
     sparsity_against_nulls,
-    value_path_certificate,
     weight_randomisation,
 )
 

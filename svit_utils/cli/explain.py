@@ -8,11 +8,11 @@ from typing import Any
 
 from svit_utils.cli import options as shared
 
-_METHODS = ("attention", "attention_heads", "rollout", "grad_cam", "layer_grad_cam")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command; defaults explain three PlantedShapes test images."""
+    from svit_utils.explain import METHODS
+
     model = parser.add_argument_group("which model")
     model.add_argument("--checkpoint", help="a shipped checkpoint, or a saved file or folder (default: random weights)")
     model.add_argument("--model", help="small_vit or a timm name (default: as the card says, else small_vit)")
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--split", default="test", choices=("train", "val", "test"), help="PlantedShapes images (default: %(default)s)"
     )
-    usual = [name for name in _METHODS if name != "attention_heads"]
-    parser.add_argument("--methods", nargs="+", default=usual, choices=_METHODS, help=f"(default: {' '.join(usual)})")
+    usual = [name for name in METHODS if name != "attention_heads"]
+    parser.add_argument("--methods", nargs="+", default=usual, choices=METHODS, help=f"(default: {' '.join(usual)})")
     parser.add_argument("--target", type=int, help="the class Grad-CAM explains (default: the predicted one)")
     out = Path("maps.safetensors")
     parser.add_argument("--out", type=Path, default=out, help=".safetensors or .npz (default: %(default)s)")
@@ -96,8 +96,8 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> None:
     import torch
 
-    from svit_utils.explain import explain_batch, export_maps
-    from svit_utils.show import explanation_grid, figure_png
+    from svit_utils.explain import explain_batch
+    from svit_utils.show import explanation_grid, export_maps, figure_png
 
     if options.out.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"--out must end in .safetensors or .npz, got {options.out.name!r}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from svit_utils.cli import explain as command
-from svit_utils.explain import load_maps
 
 pytest.importorskip("svit_utils.models")
 
@@ -21,10 +23,17 @@ def invoke(*arguments: str) -> int:
     return command.run(parser.parse_args(arguments))
 
 
+def read(path):
+    """(maps, metadata) of an npz file."""
+    with np.load(path, allow_pickle=False) as data:
+        maps = {name: data[name] for name in data.files if name != "metadata_json"}
+        return maps, json.loads(str(data["metadata_json"]))
+
+
 def test_planted_shapes_to_files(tmp_path, capsys):
     out = tmp_path / "maps.npz"
     assert invoke("--threshold", "0.002", "--empty-rows", "cap", "--indices", "4", "7", "--out", str(out)) == 0
-    maps, note = load_maps(out)
+    maps, note = read(out)
     assert {name: tuple(value.shape) for name, value in maps.items()} == dict.fromkeys(
         ("attention", "rollout", "grad_cam", "layer_grad_cam"), (2, 14, 14)
     )
@@ -40,7 +49,7 @@ def test_picture_files(tmp_path):
     Image.new("RGB", (90, 70), (200, 30, 30)).save(picture)
     out = tmp_path / "m.safetensors"
     assert invoke("--images", str(picture), "--methods", "rollout", "--out", str(out), "--no-overlays") == 0
-    assert tuple(load_maps(out)[0]["rollout"].shape) == (1, 14, 14)
+    assert tuple(load_file(out)["rollout"].shape) == (1, 14, 14)
     assert not (tmp_path / "m").exists()
 
 
@@ -77,7 +86,7 @@ def test_a_checkpoint_is_shown_as_it_was_trained(tmp_path, capsys):
             "0",
         )
         assert invoke(*arguments, "--out", str(out), *options) == 0
-        maps, notes[name] = load_maps(out)
+        maps, notes[name] = read(out)
         notes[name]["zeros"] = int((maps["attention"] == 0).sum())
     assert (notes["cut"]["threshold"], notes["cut"]["empty_rows"]) == (0.01, "dense")
     assert (notes["dense"]["threshold"], notes["dense"]["empty_rows"]) == (None, None)
@@ -97,5 +106,5 @@ def test_a_trained_file_with_a_learned_tau_comes_back_as_it_was(tmp_path):
     path = save_weights(model, tmp_path / "model.safetensors", card)
     out = tmp_path / "maps.npz"
     assert invoke("--checkpoint", str(path), "--methods", "attention", "--no-overlays", "--out", str(out)) == 0
-    assert load_maps(out)[1]["empty_rows"] == "cap"
+    assert read(out)[1]["empty_rows"] == "cap"
     assert invoke("--checkpoint", str(path), "--dense", "--out", str(out)) == 2

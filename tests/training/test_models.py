@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,6 @@ from safetensors.torch import save_file
 
 from svit_utils.__main__ import main
 from svit_utils.attention import RelativeThreshold, sparse_modules, sparsify
-from svit_utils.explain import load_maps
 from svit_utils.models import (
     WeightsError,
     create_model,
@@ -214,7 +214,7 @@ def test_a_learned_tau_goes_from_command_to_command(tmp_path: Path, capsys: pyte
     folder = str(save_trained(model, tmp_path / "folder", card))
     explain = ["explain", "--methods", "attention", "--no-overlays", "--indices", "0", "--out", str(maps)]
     assert main([*explain, "--checkpoint", folder]) == 0
-    assert load_maps(maps)[1]["empty_rows"] == "cap"
+    assert json.loads(str(np.load(maps)["metadata_json"]))["empty_rows"] == "cap"
     assert main([*explain, "--checkpoint", folder, "--num-classes", "7"]) == 2
     assert "the checkpoint has 10 classes" in capsys.readouterr().err
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +22,6 @@ from svit_utils.explain.grid import readout_rows
 from svit_utils.explain.maps import maps_on_grid
 from svit_utils.explain.model_state import evaluating, unwrap
 from svit_utils.referee.inputs import check_count, check_tau
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _CHUNK = 4  # images at a time: the maps of all layers are held together
 
@@ -103,8 +100,6 @@ def value_path_certificate(model: nn.Module, x: Tensor, *, rows: int = 8, seed: 
     `identical`, the share of the rows tried whose output stayed the same to the last bit. It must be 1.0; NaN where no
     row was tried. Raises ValueError for no sparse attention, or `rows` below 1.
     """
-    import pandas as pd
-
     check_count("rows", rows)
     generator = torch.Generator().manual_seed(seed)
     counts = []
@@ -171,8 +166,6 @@ def normaliser_effect(
 
     Raises ValueError for no sparse attention, tau outside [0, 1), or `keys` below 1.
     """
-    import pandas as pd
-
     check_count("keys", keys)
     if tau is not None:
         check_tau(tau)
@@ -244,8 +237,6 @@ def reachability_table(model: nn.Module, x: Tensor) -> pd.DataFrame:
     `layer`, the earliest layer on the path, and `reachable_share`, mean over images of the share of patches. Raises
     ValueError for no readable attention, or layers over other tokens than the model's grid.
     """
-    import pandas as pd
-
     shares = []
     for part in x.split(_CHUNK):
         maps, grid = maps_on_grid(model, part)

@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from svit_utils import TokenSparsityTracker, sparsified, sparsify
-from svit_utils.data import PlantedShapes
-from svit_utils.explain import attention_maps, rollout_matrix
-from svit_utils.models import create_model, load_embedded
-from svit_utils.referee.zeros import (
+from research.zeros import (
     normaliser_effect,
     reachability,
     reachability_table,
@@ -18,6 +14,10 @@ from svit_utils.referee.zeros import (
     same_without_values,
     value_path_certificate,
 )
+from svit_utils import TokenSparsityTracker, sparsified, sparsify
+from svit_utils.data import PlantedShapes
+from svit_utils.explain import attention_maps, rollout_matrix
+from svit_utils.models import create_model, load_embedded
 
 TAU = 0.01
 X = PlantedShapes("test").batch(5).images  # more than one chunk
