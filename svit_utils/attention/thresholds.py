@@ -158,12 +158,14 @@ class LearnableThreshold(Threshold):
         if not 0.0 < init < 1.0:
             raise ValueError(f"init must lie in (0, 1), got {init}")
         self.init, self.per = float(init), per
-        self.logit = nn.Parameter(torch.logit(torch.tensor(init, dtype=torch.float64)).float())
+        # One number has shape [1]: FSDP2 refuses parameters without a dimension.
+        self.logit = nn.Parameter(torch.logit(torch.tensor([init], dtype=torch.float64)).float())
 
     @property
     def tau(self) -> Tensor:
-        """Tau now in force: [] or [H], with its graph."""
-        return torch.sigmoid(self.logit) * self.warmup
+        """Tau now in force: [], or [H] with ``per="head"``, with its graph."""
+        tau = torch.sigmoid(self.logit) * self.warmup
+        return tau if self.per == "head" else tau[0]
 
     def forward(self, keys: int | Tensor) -> Tensor:
         return _over_rows(self.tau)
@@ -173,7 +175,8 @@ class LearnableThreshold(Threshold):
             return self
         own = copy.deepcopy(self)
         if self.per == "head":
-            _check_entries(own.logit, num_heads)
+            if own.logit.numel() > 1:
+                _check_entries(own.logit, num_heads)
             own.logit = nn.Parameter(self.logit.detach().expand(num_heads).clone())
         return own
 
