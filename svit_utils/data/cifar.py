@@ -1,13 +1,12 @@
 """CIFAR-10 (Krizhevsky 2009) in its original format: found on disk, else downloaded and checked, else a clear error.
 
-torchvision reads the files and checks the MD5 of each before it opens it. It does not download them here, because it
-knows one slow host only and unpacks in place: instead the archive is fetched into a temporary folder beside its
-destination, checked, unpacked and checked again there, and the whole folder is renamed into place.
+torchvision reads the files and checks the MD5 of each. It does not download them here, because it knows one slow host
+only and unpacks in place: the archive is fetched into a temporary folder beside its destination, checked, unpacked and
+checked again there, and the whole folder is renamed into place.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import logging
 import os
@@ -49,21 +48,6 @@ _STALE_S = 3600  # a running download keeps changing its folder; one unchanged f
 _FAILURES = (OSError, http.client.HTTPException, ValueError, tarfile.TarError, zlib.error, EOFError)
 
 
-class Cifar10(PictureSet):
-    """One split of CIFAR-10: items are (image, label), see :func:`cifar10`."""
-
-    def __init__(self, source: Any, split: str, indices: Sequence[int], normalise: Normalisation) -> None:
-        super().__init__(source, normalise)
-        self.split, self.indices = split, list(indices)
-        self.targets = [self.targets[i] for i in self.indices]
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return super().__getitem__(self.indices[index])
-
-    def __repr__(self) -> str:
-        return f"Cifar10({self.split!r}, {len(self)} images, {self._source.root})"
-
-
 def cifar10(
     split: str = "train",
     *,
@@ -74,14 +58,13 @@ def cifar10(
     download: bool = True,
     normalise: Normalisation = "imagenet",
     mirrors: Sequence[str] | None = None,
-) -> Cifar10:
+) -> PictureSet:
     """CIFAR-10 as a data set of (float32 [3, img_size, img_size], label).
 
     The 50,000 training images are split, always alike, into 45,000 ("train") and 5,000 ("val", 500 of each class); the
     10,000 of "test" are for reporting, not for choosing.
 
     Args:
-        split: "train", "val" or "test".
         root: folder that holds (or gets) ``cifar-10-batches-py/``; ``$SVIT_DATA_DIR``, else ``data/``, by default. The
             archive ``cifar-10-python.tar.gz`` lying there is unpacked.
         transform: applied to the PIL image in place of everything below.
@@ -116,8 +99,7 @@ def cifar10(
             f"CIFAR-10 is there, but not as it should be:\n  {faults}\n"
             f"Replace these files, or remove the folder {folder / FOLDER} to have the set downloaded again."
         ) from error
-    indices = range(len(source)) if split == "test" else _split_indices(source.targets)[split]
-    return Cifar10(source, split, indices, normalise)
+    return PictureSet(source, normalise, None if split == "test" else _split_indices(source.targets)[split])
 
 
 def _split_indices(targets: Sequence[int]) -> dict[str, list[int]]:
@@ -145,23 +127,17 @@ def _expected() -> dict[str, str]:
     return dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
 
 
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _faults(folder: Path) -> list[str]:
     """What is wrong with the files in ``folder``: a sentence for each that is missing, damaged or unreadable."""
+    from torchvision.datasets.utils import calculate_md5
+
     faults = []
     for name, md5 in _expected().items():
         path = folder / name
         try:
             if not path.is_file():
                 faults.append(f"{path}: missing")
-            elif (found := _md5(path)) != md5:
+            elif (found := calculate_md5(path)) != md5:
                 faults.append(f"{path}: damaged (MD5 {found}, expected {md5})")
         except OSError as error:
             faults.append(f"{path}: cannot be read ({error})")
@@ -210,20 +186,19 @@ def _missing(folder: Path, tried: Sequence[str], download: bool) -> str:
 
 def _fetch(source: str, path: Path, md5: str) -> None:
     """Download to ``path``; ValueError unless its MD5 is the given one."""
+    from torchvision.datasets.utils import calculate_md5
     from tqdm.auto import tqdm
 
     log.info("fetching CIFAR-10 from %s", source)
     request = urllib.request.Request(source, headers={"User-Agent": "svit-utils"})
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
         total = int(answer.headers.get("Content-Length") or 0)
-        with tqdm(total=total or None, unit="B", unit_scale=True, desc="CIFAR-10", disable=None) as bar:
-            while chunk := answer.read(1 << 18):
-                file.write(chunk)
-                bar.update(len(chunk))
+        with tqdm.wrapattr(file, "write", total=total or None, desc="CIFAR-10", disable=None) as counted:
+            shutil.copyfileobj(answer, counted, 1 << 18)
     done = path.stat().st_size
     if total and done != total:
         raise ValueError(f"ended after {done:,} of {total:,} bytes")
-    if (found := _md5(path)) != md5:
+    if (found := calculate_md5(path)) != md5:
         raise ValueError(f"not the archive: {done:,} bytes, MD5 {found}, expected {md5}")
 
 

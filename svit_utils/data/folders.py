@@ -18,17 +18,6 @@ SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
 }
 
 
-class PictureFolder(PictureSet):
-    """Items are (image, label), see :func:`image_folder`. ``samples`` lists (path, label); ``classes`` the names."""
-
-    def __init__(self, source: Any, normalise: Normalisation) -> None:
-        super().__init__(source, normalise)
-        self.samples: list[tuple[str, int]] = list(source.samples)
-
-    def __repr__(self) -> str:
-        return f"PictureFolder({self._source.root}, {len(self)} images, {len(self.classes)} classes)"
-
-
 def image_folder(
     root: str | os.PathLike[str],
     split: str | None = None,
@@ -38,14 +27,13 @@ def image_folder(
     transform: Callable[[Any], Any] | None = None,
     normalise: Normalisation = "imagenet",
     crop_pct: float = 0.875,
-) -> PictureFolder:
+) -> PictureSet:
     """A data set of (float32 [3, img_size, img_size], label) from ``root/<class>/<picture>``.
 
-    With ``split`` it is ``root/<split>/<class>/<picture>``. Labels number the class folders in alphabetical order.
+    With ``split``, a key of ``SPLIT_FOLDERS``, it is ``root/<split>/<class>/<picture>``. Labels number the classes in
+    alphabetical order; the result's ``source.samples`` lists (path, label).
 
     Args:
-        root: the folder of the set.
-        split: a key of ``SPLIT_FOLDERS``, or None when the class folders lie directly in ``root``.
         img_size: side in pixels.
         augment: random resized crop and flip; else resize and centre crop, keeping ``crop_pct`` of the side.
         transform: applied to the PIL image in place of all that.
@@ -76,7 +64,7 @@ def image_folder(
     except FileNotFoundError as error:
         expected = f"expected one folder for each class with pictures in it ({folder}/<class>/<picture>.jpg)"
         raise DataNotFoundError(f"no pictures to load in {folder}: {expected}. {error}") from error
-    return PictureFolder(source, normalise)
+    return PictureSet(source, normalise)
 
 
 def _split_folder(base: Path, split: str | None) -> Path:

@@ -39,20 +39,26 @@ def normalisation(choice: Normalisation) -> tuple[tuple[float, ...], tuple[float
 
 
 class PictureSet(Dataset):
-    """A torchvision data set whose pictures were normalised with ``normalise``, and can be shown again."""
+    """The items ``indices`` (default: all) of ``source``, a torchvision data set, as (image, label).
 
-    def __init__(self, source: Any, normalise: Normalisation) -> None:
-        self._source = source
+    The pictures were normalised with ``normalise``, and can be shown again. ``targets`` lists the labels in order.
+    """
+
+    def __init__(self, source: Any, normalise: Normalisation, indices: Sequence[int] | None = None) -> None:
+        self.source, self.indices = source, list(range(len(source)) if indices is None else indices)
         self._mean, self._std = (torch.tensor(part).view(3, 1, 1) for part in normalisation(normalise))
         self.classes: list[str] = list(source.classes)
-        self.targets: list[int] = list(source.targets)  # the labels, in order
+        self.targets: list[int] = [source.targets[i] for i in self.indices]
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self._source[index]
+        image, label = self.source[self.indices[index]]
         return image, int(label)
+
+    def __repr__(self) -> str:
+        return f"PictureSet({self.source.root}, {len(self)} images, {len(self.classes)} classes)"
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Back to colours in [0, 1], for display."""

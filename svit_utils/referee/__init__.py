@@ -14,7 +14,7 @@ from svit_utils.referee.localisation import (
 )
 from svit_utils.referee.max_sensitivity import max_sensitivity
 from svit_utils.referee.nulls import sparsity_against_nulls, sparsity_floor
-from svit_utils.referee.randomisation import RandomisationCheck, randomise_weights, weight_randomisation
+from svit_utils.referee.randomisation import RandomisationCheck, weight_randomisation
 from svit_utils.referee.road import road
 from svit_utils.referee.sparseness import sparseness
 from svit_utils.referee.statistics import (
@@ -32,6 +32,6 @@ __all__ += ["background_accuracy", "background_mass", "distractor_mass", "distra
 __all__ += ["centre_maps", "edge_maps", "random_maps", "uniform_maps"]
 __all__ += ["curve_area", "deletion_curve", "faithfulness_scores", "infidelity", "insertion_curve", "max_sensitivity"]
 __all__ += ["average_precision", "energy_in_mask", "iou_at_mask_area", "localisation_scores", "pointing_game"]
-__all__ += ["randomise_weights", "road", "sparseness", "weight_randomisation"]
+__all__ += ["road", "sparseness", "weight_randomisation"]
 __all__ += ["sparsity_against_nulls", "sparsity_floor"]
 __all__ += ["compare", "holm", "mean_interval", "paired_bootstrap", "student_interval"]

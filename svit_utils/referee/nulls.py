@@ -1,9 +1,8 @@
 """How sparse is attention that knows nothing? Nulls with which a sparsity has to be compared.
 
-For any row of N probabilities, k survivors p_j > tau need k tau < 1, so at most ceil(1/tau) - 1 keys survive, whatever
-the model: `sparsity_floor`. Three nulls keep something of the model and throw away what it makes of *this* image: keys
-whose coordinates are permuted over the tokens, keys of another image, and Gaussian logits of the same spread. A
-sparsity that they share is no evidence of selection.
+Some sparsity is forced, whatever the model: `sparsity_floor`. Three nulls keep something of the model and throw away
+what it makes of *this* image: keys whose coordinates are permuted over the tokens, keys of another image, and Gaussian
+logits of the same spread. A sparsity that they share is no evidence of selection.
 """
 
 from __future__ import annotations
@@ -45,27 +44,21 @@ def sparsity_floor(tokens: int, tau: float) -> float:
     return float(1 - Fraction(survivors, tokens))
 
 
-def _plain_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's timm `Attention` modules, dense or sparse; ValueError for a model with any other self-attention."""
-    allowed = "timm's Attention, dense or sparse, with timm's own forward"
-    layers = attention_layers(model)
-    for name, module in model.named_modules():
-        if (name in layers) != isinstance(module, Attention):
-            raise ValueError(f"{name} is a {type(module).__name__}: queries and keys are read from {allowed}")
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no attention to read queries and keys from: it takes {allowed}")
-    return layers
-
-
 @torch.no_grad()
 def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """One forward pass of `x` [B, 3, H, W]: layer name -> (q, k), each [B, H, N, D], after the norms of q and k.
 
     q carries the factor D ** -0.5, so that q @ k.transpose(-2, -1) are the logits [B, H, N, N] before the softmax,
     which a fused kernel never forms. Raises ValueError for a model without attention, with one that is not timm's
-    `Attention` (others may rotate q and k, or do anything), or with one that is called with a mask.
+    `Attention`, dense or sparse (others may rotate q and k, or do anything), or with one that is called with a mask.
     """
     model = unwrap(model)
+    layers, allowed = attention_layers(model), "timm's Attention, dense or sparse, with timm's own forward"
+    for name, module in model.named_modules():
+        if (name in layers) != isinstance(module, Attention):
+            raise ValueError(f"{name} is a {type(module).__name__}: queries and keys are read from {allowed}")
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no attention to read queries and keys from: it takes {allowed}")
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def catch(name, module, args, kwargs):
@@ -77,7 +70,7 @@ def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Ten
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        for name, module in _plain_attention(model).items():
+        for name, module in layers.items():
             stack.callback(module.register_forward_pre_hook(partial(catch, name), with_kwargs=True).remove)
         model(x)
     return found
@@ -108,17 +101,14 @@ def permute_coordinates(k: Tensor, generator: torch.Generator) -> Tensor:
     """Keys [..., N, D] with each coordinate permuted over the N tokens by itself.
 
     Every coordinate keeps its distribution, and the coordinates of a key no longer belong together. Permuting *whole*
-    keys would be no null: it only reorders the probabilities of every row, and changes no count or sum over the row.
+    keys would be no null: it only reorders every row, and changes no count or sum over it.
     """
     order = torch.rand(k.shape, generator=generator).argsort(dim=-2).to(k.device)
     return k.gather(-2, order)
 
 
 def matched_gaussian(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent normal logits [..., N, M], each row with mean 0 and the standard deviation of that row of `scores`.
-
-    Softmax does not depend on a row's mean.
-    """
+    """Independent normal logits [..., N, M], each row as spread as that row of `scores`; softmax ignores its mean."""
     noise = torch.randn(scores.shape, generator=generator, dtype=scores.dtype).to(scores.device)
     return noise * scores.std(dim=-1, keepdim=True)
 
@@ -129,20 +119,13 @@ def sparsity_against_nulls(model: nn.Module, x: Tensor, tau: float = 0.01, *, se
     The cut is applied to the logits, of sparse and of dense layers alike: for a dense model the numbers say what a cut
     *would* take, and in a sparse one an empty row counts as empty, whatever it falls back to.
 
-    Returns:
-        A row per `layer`, `head`, `queries` ("all", and "class" for the class token's row alone, where the model has
-        one) and `source`:
+    Returns a row per `layer`, `head`, `queries` ("all", and "class" for the class token's row alone, where there is
+    one) and `source`: "observed", the model's own logits; "permuted_keys", see `permute_coordinates`; "other_image",
+    queries of each image against the keys of the next one in the batch; "gaussian", see `matched_gaussian`. Columns:
+    `cut_sparsity`, `kept_mass`, `effective_support` and `empty_rate`, means over images and queries as in
+    `row_statistics`, and `floor`, see `sparsity_floor`.
 
-        * "observed": the model's own logits,
-        * "permuted_keys": keys with permuted coordinates, see `permute_coordinates`,
-        * "other_image": queries of each image against the keys of the next one in the batch,
-        * "gaussian": independent normal logits, see `matched_gaussian`.
-
-        Columns: `cut_sparsity`, `kept_mass`, `effective_support` and `empty_rate`, means over images and queries as in
-        `row_statistics`, and `floor`, the cut sparsity that no attention can fall below (`sparsity_floor`).
-
-    Raises ValueError for fewer than two images ("other_image" needs a second one), tau outside [0, 1), or where
-    `queries_and_keys` does.
+    Raises ValueError for fewer than two images, tau outside [0, 1), or where `queries_and_keys` does.
     """
     import pandas as pd
 

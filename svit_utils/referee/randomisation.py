@@ -35,36 +35,16 @@ class RandomisationCheck:
         )
 
 
-def _stages(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter names by stage, from the head down to the embedding; learnable thresholds are left out."""
-    names = [name for name, _ in model.named_parameters() if ".threshold." not in f".{name}."]
+def _stages(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Parameters by stage, from the head down to the embedding; learnable thresholds are left out."""
+    parameters = {name: p.data for name, p in model.named_parameters() if ".threshold." not in f".{name}."}
+    names = list(parameters)
     stages = {"head": [n for n in names if n.split(".")[0] in ("head", "head_dist", "fc_norm", "norm", "attn_pool")]}
     for index in reversed(range(len(getattr(model, "blocks", ())))):
         stages[f"blocks.{index}"] = [n for n in names if n.startswith(f"blocks.{index}.")]
     taken = {n for stage in stages.values() for n in stage}
     stages["embedding"] = [n for n in names if n not in taken]
-    return {stage: members for stage, members in stages.items() if members}
-
-
-@torch.no_grad()
-def _shuffle(model: nn.Module, names: list[str], generator: torch.Generator) -> None:
-    parameters = dict(model.named_parameters())
-    for name in names:
-        values = parameters[name].data
-        order = torch.randperm(values.numel(), generator=generator).to(values.device)
-        values.copy_(values.flatten()[order].view_as(values))
-
-
-def randomise_weights(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    """A copy of `model` in which every parameter tensor's values are shuffled.
-
-    Shuffling keeps the values and their scale and destroys what was learnt. A new initialisation would also make
-    attention flat, and under a threshold every row empty: the map would change for another reason.
-    """
-    randomised, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    for names in _stages(randomised).values():
-        _shuffle(randomised, names, generator)
-    return randomised
+    return {stage: [parameters[n] for n in members] for stage, members in stages.items() if members}
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -81,9 +61,11 @@ def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 def weight_randomisation(
     model: nn.Module, x: Tensor, explain: Callable[[nn.Module, Tensor], Tensor], *, mode: str = "full", seed: int = 0
 ) -> RandomisationCheck:
-    """Rank correlation between the maps of `model` and those of the same model with weights shuffled.
+    """Rank correlation between the maps of `model` and those of a copy in which each parameter's values are shuffled.
 
-    Near 0 is what a faithful map gives; near 1, the map did not depend on the weights. `model` is left as it is.
+    Near 0 is what a faithful map gives; near 1, the map did not depend on the weights. Shuffling keeps the values and
+    their scale and destroys what was learnt. A new initialisation would also make attention flat, and under a threshold
+    every row empty: the map would change for another reason.
 
     Args:
         explain: (model, x) -> maps [B, h, w]. Fix the class in it (`lambda m, x: grad_cam(m, x, targets)`): left to
@@ -95,13 +77,14 @@ def weight_randomisation(
         raise ValueError(f"unknown mode {mode!r}: allowed are 'full', 'cascading'")
     if mode == "cascading" and not len(getattr(model, "blocks", ())):
         raise ValueError(f"cascading goes block by block and {type(model).__name__} has no `blocks`: use mode='full'")
-    original = explain(model, x)
-    if mode == "full":
-        correlation = _rank_correlation(original, explain(randomise_weights(model, seed=seed), x))
-        return RandomisationCheck(["all"], correlation[None])
+    original, found = explain(model, x), {}
     randomised, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    found = {}
-    for stage, names in _stages(randomised).items():
-        _shuffle(randomised, names, generator)
+    stages = _stages(randomised)
+    if mode == "full":
+        stages = {"all": [values for members in stages.values() for values in members]}
+    for stage, members in stages.items():
+        for values in members:
+            order = torch.randperm(values.numel(), generator=generator).to(values.device)
+            values.copy_(values.flatten()[order].view_as(values))
         found[stage] = _rank_correlation(original, explain(randomised, x))
     return RandomisationCheck(list(found), torch.stack(list(found.values())))

@@ -41,7 +41,7 @@ class Interval:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def _checked(name: str, values: Any, confidence: float, least: tuple[int, ...], what: str) -> np.ndarray:
+def _checked(name: str, values: Any, confidence: float, what: str, *least: int) -> np.ndarray:
     """`values` as a finite float64 array with as many dimensions as `least`, each of at least that size."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != len(least) or any(size < wanted for size, wanted in zip(array.shape, least)):
@@ -53,19 +53,11 @@ def _checked(name: str, values: Any, confidence: float, least: tuple[int, ...], 
     return array
 
 
-def _vector(name: str, values: Any, confidence: float, each: str = "image") -> np.ndarray:
-    return _checked(name, values, confidence, (2,), f"one value per {each}, at least 2")
-
-
-def _table(name: str, values: Any, confidence: float) -> np.ndarray:
-    return _checked(name, values, confidence, (1, 2), "[S, n], at least 1 seed and 2 images")
-
-
 def mean_interval(values: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Percentile bootstrap interval (Efron 1979) of the mean of `values` [n], resampled over images."""
     from scipy import stats
 
-    array = _vector("values", values, confidence)
+    array = _checked("values", values, confidence, "one value per image, at least 2", 2)
     # SciPy 1.15 renamed the argument.
     seed_name = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
     result = stats.bootstrap(
@@ -88,7 +80,7 @@ def paired_bootstrap(a: Any, b: Any, *, confidence: float = 0.95, resamples: int
     Images are resampled as pairs, so what makes an image hard for both cancels. It covers the choice of images, not of
     training seeds.
     """
-    first, second = _vector("a", a, confidence), _vector("b", b, confidence)
+    first, second = (_checked(n, v, confidence, "one value per image, at least 2", 2) for n, v in (("a", a), ("b", b)))
     if len(first) != len(second):
         raise ValueError(f"paired values must be as many in a as in b, got {len(first)} and {len(second)}")
     return mean_interval(first - second, confidence=confidence, resamples=resamples, seed=seed)
@@ -97,7 +89,12 @@ def paired_bootstrap(a: Any, b: Any, *, confidence: float = 0.95, resamples: int
 def _crossed_means(difference: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means of `resamples` tables drawn from `difference` [S, n], seeds (rows) and images (columns) independently.
 
-    mean* = (1 / (S n)) sum_si u_s v_i d_si,   u ~ Multinomial(S; 1/S, ...),   v ~ Multinomial(n; 1/n, ...)
+        mean* = (1 / (S n)) sum_si u_s v_i d_si,   u ~ Multinomial(S; 1/S, ...),   v ~ Multinomial(n; 1/n, ...)
+
+    The pigeonhole bootstrap of Owen 2007 (arXiv:0712.1111): every seed sees the same images. Where d_si = mean + a_s +
+    b_i + e_si (a, b and e summing to 0 along every row and column), their variance is sum a^2 / S^2 + sum b^2 / n^2 +
+    sum e^2 / (S n)^2. With one seed, or seeds that all agree, it is the bootstrap over images. Where the seeds decide
+    and are few it is too small (sum a^2 / S^2 by the factor (S - 1) / S): hence Student's t beside it in `compare`.
     """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples!r}")
@@ -114,26 +111,6 @@ def _crossed_means(difference: np.ndarray, resamples: int, seed: int) -> np.ndar
     return np.concatenate(sums) / (runs * images)
 
 
-def _crossed_interval(difference: np.ndarray, means: np.ndarray, confidence: float) -> Interval:
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(difference.mean()), float(low), float(high), difference.shape[1], confidence)
-
-
-def crossed_bootstrap(difference: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile interval of the mean of `difference` [S, n], seeds and images both drawn with replacement.
-
-    The pigeonhole bootstrap of Owen 2007 (arXiv:0712.1111): rows and columns are drawn independently, since every seed
-    sees the same images. With d_si = mean + a_s + b_i + e_si (a, b and e summing to 0 along every row and column) the
-    variance that it gives the mean is sum a^2 / S^2 + sum b^2 / n^2 + sum e^2 / (S n)^2.
-
-    With one seed, or seeds that all agree, it is the bootstrap over images. Where the seeds decide and are few it is
-    too narrow (sum a^2 / S^2 is too small by the factor (S - 1) / S, and there are no t quantiles): read it beside
-    `student_interval` of the means per seed, as `compare` does.
-    """
-    table = _table("difference", difference, confidence)
-    return _crossed_interval(table, _crossed_means(table, resamples, seed), confidence)
-
-
 def student_interval(values: Any, *, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean of `values` [S], one number per training seed: mean +- t_{S-1} s / sqrt(S).
 
@@ -142,7 +119,7 @@ def student_interval(values: Any, *, confidence: float = 0.95) -> Interval:
     """
     from scipy import stats
 
-    array = _vector("values", values, confidence, each="seed")
+    array = _checked("values", values, confidence, "one value per seed, at least 2", 2)
     mean = float(array.mean())
     half = float(stats.t.ppf((1 + confidence) / 2, len(array) - 1) * stats.sem(array))
     return Interval(mean, mean - half, mean + half, len(array), confidence)
@@ -200,7 +177,8 @@ def compare(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000
     """
     from scipy import stats
 
-    first, second = _table("a", a, confidence), _table("b", b, confidence)
+    what = "[S, n], at least 1 seed and 2 images"
+    first, second = (_checked(name, v, confidence, what, 1, 2) for name, v in (("a", a), ("b", b)))
     if first.shape != second.shape:
         raise ValueError(f"a and b must be paired over seeds and images, got shapes {first.shape} and {second.shape}")
     difference = first - second
@@ -213,8 +191,9 @@ def compare(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000
             p_value = max(p_value, float(stats.ttest_1samp(per_seed, 0.0).pvalue))
         elif not per_seed.any():  # all seeds agree on 0; where they agree on another value, Student's p is 0
             p_value = 1.0
-    images = _crossed_interval(difference, means, confidence)
-    return Comparison(float(difference.mean()), images, seeds, p_value, *difference.shape)
+    mean, (low, high) = float(difference.mean()), np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    images = Interval(mean, float(low), float(high), difference.shape[1], confidence)
+    return Comparison(mean, images, seeds, p_value, *difference.shape)
 
 
 def holm(p_values: Any) -> np.ndarray:

@@ -44,13 +44,15 @@ def image_png(image: Image.Image) -> bytes:
 
 
 def _display(png: bytes, alt: str) -> None:
-    """Show PNG bytes as one `image/png` output, with ``alt`` in three places, because each reader looks in another.
+    """Show PNG bytes as one `image/png` output, with ``alt`` (ValueError if empty) where the different readers look.
 
     It stands in the output's metadata, which nbconvert's templates read; in `text/plain`, for terminals and diffs; and
     in a hidden paragraph for screen readers in JupyterLab, which gives an image output no text.
     """
     from IPython.display import display
 
+    if not alt.strip():
+        raise ValueError("a picture needs a text that says what it shows")
     display(
         {"image/png": base64.b64encode(png).decode("ascii"), "text/plain": f"[Figure: {alt}]"},
         raw=True,
@@ -60,22 +62,14 @@ def _display(png: bytes, alt: str) -> None:
     display({"text/html": paragraph, "text/plain": ""}, raw=True)
 
 
-def figure_with_alt(figure: Figure, alt: str | None = None, dpi: int = 100) -> None:
-    """Display a figure in a notebook as PNG with its text (`alt`, or the one attached), and close it.
-
-    Raises ValueError where there is no text.
-    """
+def figure_with_alt(figure: Figure, alt: str | None = None) -> None:
+    """Show a figure in a notebook as PNG with its text (`alt`, or the one attached; else ValueError), and close it."""
     import matplotlib.pyplot as plt
 
-    text = alt or alt_of(figure)
-    if not text:
-        raise ValueError("figure_with_alt needs a text that says what the figure shows")
-    _display(figure_png(figure, dpi), text)
+    _display(figure_png(figure), alt or alt_of(figure))
     plt.close(figure)
 
 
 def image_with_alt(image: Image.Image, alt: str) -> None:
-    """Display a PIL picture (what a widget would show) in a notebook as PNG with its text (ValueError if empty)."""
-    if not alt.strip():
-        raise ValueError("image_with_alt needs a text that says what the picture shows")
+    """Show a PIL picture (what a widget would show) in a notebook as PNG with its text (ValueError if empty)."""
     _display(image_png(image), alt)

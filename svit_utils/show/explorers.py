@@ -1,7 +1,6 @@
 """What the two explorers show, as pure functions: compute the maps once, then answer any question about them at once.
 
-A widget and the picture that stands for it on a printed page come from the same function, so a notebook can check in a
-compared cell what a slider would show.
+The widget and its stand-in on a printed page call the same function, so a cell can check what a slider would show.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from svit_utils.attention import sparse_modules, sparsified
 from svit_utils.explain.grid import TokenGrid, token_grid
 from svit_utils.explain.maps import attention_maps
+from svit_utils.referee.inputs import check_tau
 from svit_utils.show.panels import compose, image_panel, row_panel, weights_panel
 from svit_utils.show.pictures import to_rgb
 
@@ -52,8 +52,7 @@ class ThresholdData:
     def survivors(self, token: int, layer: int, head: int, tau: float) -> Survivors:
         """The row of the query `token` cut at `tau`; ValueError for an index out of range, or tau outside [0, 1)."""
         _check_indices(self.probabilities.shape, layer=layer, head=head, token=token)
-        if not 0 <= tau < 1:
-            raise ValueError(f"tau must lie in [0, 1), got {tau!r}")
+        check_tau(tau)
         p = self.probabilities[layer, head, token]
         kept = p > tau
         remainder = np.where(kept, p - np.float32(tau), 0)
@@ -96,15 +95,13 @@ def _dense_maps(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 
 
 def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None = None) -> ThresholdData:
-    """One forward pass of `image` [3, H, W] through the model with dense attention (a sparse model's tau is set to 0).
+    """One forward pass of `image` [3, H, W] (else ValueError) through the model with dense attention.
 
-    `display` is the same image in [0, 1] for showing; without it a normalised image is stretched to its range. Raises
-    ValueError for anything but one image.
+    `display` is the same image in [0, 1] for showing; without it a normalised image is stretched to its range.
     """
     if image.ndim != 3:
         raise ValueError(f"the explorer takes one image [3, H, W], got shape {tuple(image.shape)}")
-    maps = _dense_maps(model, image[None])
-    shown = to_rgb(image if display is None else display)
+    maps, shown = _dense_maps(model, image[None]), to_rgb(image if display is None else display)
     return ThresholdData(shown, _stack(maps)[0], list(maps), token_grid(model, image[None]))
 
 
@@ -122,11 +119,8 @@ def attention_explorer_data(
     Without a `sparse_model`, `model` itself is made sparse for one pass, with `threshold` and `as_sparsify`.
     """
     dense = _dense_maps(model, images)
-    if sparse_model is None:
-        with sparsified(model, threshold, **as_sparsify):
-            sparse = attention_maps(model, images)
-    else:
-        sparse = attention_maps(sparse_model, images)
+    with sparsified(model, threshold, **as_sparsify) if sparse_model is None else nullcontext():
+        sparse = attention_maps(model if sparse_model is None else sparse_model, images)
     shown = [to_rgb(image) for image in (images if display is None else display)]
     return AttentionData(shown, _stack(dense), _stack(sparse), list(dense), token_grid(model, images))
 

@@ -1,4 +1,4 @@
-"""Figures of maps over images. Each function returns a matplotlib `Figure` with a text that describes it, or `alt`."""
+"""Figures of maps over images, each a matplotlib `Figure` with a text that describes it, see `alt_of`."""
 
 from __future__ import annotations
 
@@ -20,28 +20,20 @@ def _title(name: str) -> str:
 
 
 def _without_ticks(axis: Any) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.grid(False)
 
 
 def explanation_grid(
-    images: Any,
-    maps: Mapping[str, Any],
-    *,
-    labels: Sequence[str] | None = None,
-    masks: Any | None = None,
-    alt: str | None = None,
+    images: Any, maps: Mapping[str, Any], *, labels: Sequence[str] | None = None, masks: Any | None = None
 ) -> Figure:
-    """A row per image: the image, then each method's map laid over it.
+    """A row per image [B, 3, H, W] in [0, 1]: the image, then each method's map laid over it.
 
     Args:
-        images: [B, 3, H, W] in [0, 1].
-        maps: name -> [B, h, w]; every map is stretched to its own range, so colours compare places, not strengths.
+        maps: name -> [B, h, w], else ValueError; each map is stretched to its own range, so colours compare places, not
+            strengths.
         labels: a text per image, at its left.
         masks: [B, H, W] boolean, drawn as an outline.
-
-    Raises ValueError for a map of another shape.
     """
     for name, value in maps.items():
         if value.ndim != 3 or len(value) != len(images):
@@ -62,28 +54,21 @@ def explanation_grid(
                 if c == 0 and labels is not None:
                     axis.set_ylabel(labels[r])
                 if masks is not None:
-                    _outline(axis, np.asarray(masks[r]))
+                    mask = np.asarray(masks[r], dtype=float)
+                    y, x = (np.arange(side) + 0.5 for side in mask.shape)
+                    axis.contour(x, y, mask, levels=[0.5], colors=COLOURS["vermilion"], linewidths=1.4)
         figure.supxlabel("each map stretched to its own range: dark low, bright high", fontsize=9)
     text = f"{rows} image{'s' if rows > 1 else ''}, one per row, each followed by the maps of {', '.join(titles[1:])} "
     text += "laid over it in colour, bright where the map is high"
     text += "; the object's outline is drawn in orange." if masks is not None else "."
-    return with_alt(figure, alt or text)
+    return with_alt(figure, text)
 
 
-def _outline(axis: Any, mask: np.ndarray) -> None:
-    y, x = (np.arange(side) + 0.5 for side in mask.shape)
-    axis.contour(x, y, mask.astype(float), levels=[0.5], colors=COLOURS["vermilion"], linewidths=1.4)
-
-
-def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "", alt: str | None = None) -> Figure:
+def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "") -> Figure:
     """One query's attention per head: dense above, sparse below, weights of exactly zero crossed out.
 
-    Args:
-        image: [3, H, W] in [0, 1].
-        dense, sparse: [heads, h, w] weights of the same query. The two maps of a head share one square-root colour
-            scale.
-
-    Raises ValueError for other shapes.
+    Takes the image [3, H, W] in [0, 1] and two times the weights [heads, h, w] of the same query; ValueError for other
+    shapes. The two maps of a head share one square-root colour scale.
     """
     dense, sparse = as_array(dense, float), as_array(sparse, float)
     if dense.shape != sparse.shape or dense.ndim != 3:
@@ -111,4 +96,4 @@ def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "",
             figure.suptitle(title)
     text = f"Attention of one query over the patches in {heads} heads: dense weights in the upper row, thresholded "
     text += "weights in the lower row, on the same image and colour scale; weights of exactly zero are crossed out."
-    return with_alt(figure, alt or text)
+    return with_alt(figure, text)

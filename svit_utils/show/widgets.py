@@ -9,15 +9,8 @@ from typing import Any
 import ipywidgets as widgets
 from PIL import Image
 
+from svit_utils.show import explorers
 from svit_utils.show.display import image_png
-from svit_utils.show.explorers import (
-    AttentionData,
-    ThresholdData,
-    attention_lines,
-    attention_picture,
-    threshold_lines,
-    threshold_picture,
-)
 
 _LOOK = {"layout": {"width": "520px"}, "style": {"description_width": "70px"}}
 
@@ -49,23 +42,21 @@ def _explorer(
     return box
 
 
-def ThresholdExplorer(data: ThresholdData, *, tau: float = 0.01) -> widgets.VBox:
+def ThresholdExplorer(data: explorers.ThresholdData, *, tau: float = 0.01) -> widgets.VBox:
     """Any token's survivors at any tau, which starts at `tau`.
 
-    CSS classes: `svit-threshold-explorer`, and on its parts `-image`, `-caption`, `-tau`, `-layer`, `-head`, `-token`.
+    CSS classes: `svit-threshold-explorer`, with `-image`, `-caption`, `-tau`, `-layer`, `-head`, `-token` on its parts.
     """
-    slider = widgets.FloatLogSlider(
-        value=tau, base=10, min=-4, max=-0.3, step=0.02, description="τ", readout_format=".4f", **_LOOK
-    )
+    scale = {"base": 10, "min": -4, "max": -0.3, "step": 0.02, "readout_format": ".4f"}
+    slider = widgets.FloatLogSlider(value=tau, description="τ", **scale, **_LOOK)
     controls = {"tau": slider, **_sliders(data.probabilities.shape, "layer", "head", "token")}
-    return _explorer("svit-threshold-explorer", controls, data, threshold_picture, threshold_lines)
+    return _explorer("svit-threshold-explorer", controls, data, explorers.threshold_picture, explorers.threshold_lines)
 
 
-def AttentionExplorer(data: AttentionData) -> widgets.VBox:
+def AttentionExplorer(data: explorers.AttentionData) -> widgets.VBox:
     """Dense beside sparse attention.
 
-    CSS classes: `svit-attention-explorer`, and on its parts `-image`, `-caption`, `-sample`, `-layer`, `-head`,
-    `-token`.
+    CSS classes: `svit-attention-explorer`, with the parts of `ThresholdExplorer`, but `-sample` in place of `-tau`.
     """
     controls = _sliders(data.dense.shape, "image", "layer", "head", "token")
-    return _explorer("svit-attention-explorer", controls, data, attention_picture, attention_lines)
+    return _explorer("svit-attention-explorer", controls, data, explorers.attention_picture, explorers.attention_lines)

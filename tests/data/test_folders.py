@@ -32,7 +32,7 @@ def test_splits_are_recognised(tree: Path) -> None:
     assert train.classes == val.classes == ["cat", "dog"] and len(train) == len(val) == 4
     image, label = val[3]
     assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and label == 1
-    assert all("validation" in path for path, _ in val.samples) and val.targets == [0, 0, 1, 1]
+    assert all("validation" in path for path, _ in val.source.samples) and val.targets == [0, 0, 1, 1]
     assert torch.allclose(val.denormalise(image), torch.zeros(3, 32, 32), atol=1e-6)  # black came in
     assert image_folder(tree, "train", transform=lambda image: image.size)[0][0] == (90, 60)
 

@@ -9,12 +9,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from svit_utils import sparsify
 from svit_utils.explain import attention_rollout, grad_cam
-from svit_utils.referee.randomisation import randomise_weights, weight_randomisation
+from svit_utils.referee.randomisation import weight_randomisation
 from svit_utils.referee.statistics import (
     Comparison,
     Interval,
     compare,
-    crossed_bootstrap,
     holm,
     mean_interval,
     paired_bootstrap,
@@ -80,44 +79,49 @@ def table(seeds, images, *, seed_sd, image_sd=0.5, noise_sd=1.0, mean=0.0, rng=N
     return mean + a + b + rng.normal(0, noise_sd, (seeds, images))
 
 
+def crossed(difference, **options):
+    """The crossed bootstrap's interval of the mean of `difference` [S, n]."""
+    return compare(difference, np.zeros_like(difference), **options).images
+
+
 def test_crossed_bootstrap_has_the_variance_of_its_formula():
     d = table(30, 400, seed_sd=0.1, mean=1.0)
     mean = d.mean()
     a, b = d.mean(1, keepdims=True) - mean, d.mean(0, keepdims=True) - mean
     e = d - mean - a - b
     parts = (a**2).sum() / 30**2, (b**2).sum() / 400**2, (e**2).sum() / (30 * 400) ** 2
-    interval = crossed_bootstrap(d)
+    interval = crossed(d)
     assert interval.mean == pytest.approx(mean)
     assert interval.width / 2 == pytest.approx(1.96 * np.sqrt(sum(parts)), rel=0.05)
     assert parts[0] > 0.2 * sum(parts) and parts[1] > 0.2 * sum(parts)  # neither alone would do
-    assert interval.n == 400 and interval == crossed_bootstrap(d)
-    assert interval != crossed_bootstrap(d, seed=1)
+    assert interval.n == 400 and interval == crossed(d)
+    assert interval != crossed(d, seed=1)
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 7])
 def test_crossed_bootstrap_of_seeds_that_agree_is_the_one_over_images(seeds):
     row = np.random.default_rng(3).normal(0.2, 1.0, 500)
-    crossed, images = crossed_bootstrap(np.tile(row, (seeds, 1))), mean_interval(row)
-    assert crossed.mean == pytest.approx(images.mean)
-    assert crossed.low == pytest.approx(images.low, abs=0.03 * images.width)
-    assert crossed.high == pytest.approx(images.high, abs=0.03 * images.width)
+    found, images = crossed(np.tile(row, (seeds, 1))), mean_interval(row)
+    assert found.mean == pytest.approx(images.mean)
+    assert found.low == pytest.approx(images.low, abs=0.03 * images.width)
+    assert found.high == pytest.approx(images.high, abs=0.03 * images.width)
     # The same images are drawn however many seeds there are, so this holds to rounding.
-    alone = crossed_bootstrap(row[None])
-    assert (crossed.low, crossed.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
+    alone = crossed(row[None])
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
 
 
 def test_crossed_bootstrap_of_images_that_agree_is_the_spread_of_the_seeds():
     # Two seeds, drawn twice: both the first (1/4), one of each (1/2), both the second (1/4).
     two = np.tile([[0.0], [1.0]], (1, 50))
-    assert crossed_bootstrap(two, confidence=0.4).low == crossed_bootstrap(two, confidence=0.4).high == 0.5
-    wide = crossed_bootstrap(two, confidence=0.6)
+    assert crossed(two, confidence=0.4).low == crossed(two, confidence=0.4).high == 0.5
+    wide = crossed(two, confidence=0.6)
     assert (wide.low, wide.high) == (0.0, 1.0)
     # Three: all the lowest, or all the highest, with probability 1/27, more than 2.5 % and less than 5 %.
     three = np.tile([[-1.0], [0.0], [4.0]], (1, 50))
-    interval = crossed_bootstrap(three)
+    interval = crossed(three)
     assert (interval.low, interval.mean, interval.high) == pytest.approx((-1.0, 1.0, 4.0))
     # Next on either side: twice the lowest and 0, twice the highest and 0, 3/27 each.
-    narrower = crossed_bootstrap(three, confidence=0.9)
+    narrower = crossed(three, confidence=0.9)
     assert (narrower.low, narrower.high) == pytest.approx((-2 / 3, 8 / 3))
 
 
@@ -125,7 +129,7 @@ def test_crossed_bootstrap_covers_where_images_decide_and_not_where_three_seeds_
     rng = np.random.default_rng(4)
 
     def covered(seed_sd):
-        intervals = [crossed_bootstrap(table(3, 100, seed_sd=seed_sd, rng=rng), resamples=400) for _ in range(200)]
+        intervals = [crossed(table(3, 100, seed_sd=seed_sd, rng=rng), resamples=400) for _ in range(200)]
         return np.mean([i.low <= 0 <= i.high for i in intervals])
 
     assert covered(0.0) > 0.9
@@ -137,7 +141,7 @@ def test_whole_numbers_are_resampled_without_rounding():
     d = np.zeros((3, 7))
     d[:, 0], d[:, 1] = 1, -1
     assert compare(d, np.zeros_like(d)).p_value == 1
-    assert crossed_bootstrap(np.zeros((3, 7))) == Interval(0.0, 0.0, 0.0, 7)
+    assert crossed(np.zeros((3, 7))) == Interval(0.0, 0.0, 0.0, 7)
 
 
 def test_student_interval_by_hand():
@@ -161,7 +165,8 @@ def test_compare_is_the_larger_of_two_p_values():
     assert found.p_value == pytest.approx(1 - t / np.sqrt(2 + t**2))
     assert (found.mean, found.n_seeds, found.n_images) == (2.0, 3, 40)
     assert found.seeds == student_interval([1, 2, 3]) and found.wider is found.seeds
-    assert found.images == crossed_bootstrap(a, resamples=999)
+    assert (found.images.low, found.images.mean, found.images.high) == pytest.approx((1, 2, 3))  # all one seed: 1/27
+    assert (found.images.n, found.images.confidence) == (40, 0.95)
     assert compare(a[:1], np.zeros((1, 40)), resamples=999).p_value == pytest.approx(2 / 1000)
 
 
@@ -268,18 +273,16 @@ def test_holm_refuses(values, message):
 
 
 def test_tables_that_are_none():
-    with pytest.raises(
-        ValueError, match=r"difference must be \[S, n\], at least 1 seed and 2 images, got shape \(3,\)"
-    ):
-        crossed_bootstrap([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"a must be \[S, n\], at least 1 seed and 2 images, got shape \(3,\)"):
+        compare([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match=r"got shape \(3, 1\)"):
-        crossed_bootstrap(np.ones((3, 1)))
-    with pytest.raises(ValueError, match="difference must be finite"):
-        crossed_bootstrap([[1.0, float("inf")]])
+        crossed(np.ones((3, 1)))
+    with pytest.raises(ValueError, match="a must be finite"):
+        crossed([[1.0, float("inf")]])
     with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\), got 95"):
-        crossed_bootstrap(np.ones((2, 3)), confidence=95)
+        crossed(np.ones((2, 3)), confidence=95)
     with pytest.raises(ValueError, match="resamples must be at least 1, got 0"):
-        crossed_bootstrap(np.ones((2, 3)), resamples=0)
+        crossed(np.ones((2, 3)), resamples=0)
     with pytest.raises(ValueError, match=r"paired over seeds and images, got shapes \(2, 3\) and \(1, 3\)"):
         compare(np.ones((2, 3)), np.ones((1, 3)))
     with pytest.raises(ValueError, match="b must be finite"):
@@ -329,7 +332,10 @@ def test_shuffling_keeps_values_and_thresholds():
     from svit_utils import LearnableThreshold
 
     sparsify(model, LearnableThreshold(0.02, per="head"))
-    shuffled = randomise_weights(model, seed=0)
+    seen = []
+    weight_randomisation(model, X, lambda m, x: (seen.append(m), x[:, 0])[1])
+    assert seen[0] is model
+    shuffled = seen[1]
     for (name, before), (_, after) in zip(model.named_parameters(), shuffled.named_parameters(), strict=True):
         torch.testing.assert_close(before.flatten().sort().values, after.flatten().sort().values)
         if ".threshold." in name:

@@ -59,8 +59,6 @@ def figures() -> dict[str, Figure]:
         "points": show.accuracy_vs_sparsity(POINTS, dense=0.95),
         "card": show.card_comparison(),
         "card_ours": show.card_comparison(OURS),
-        "row": show.row_threshold(torch.tensor([0.5, 0.3, 0.15, 0.05]), 0.1),
-        "empty_row": show.row_threshold(torch.full((4,), 0.25), 0.3),
         "curves": show.training_curves({"dense": CURVE}),
     }
 
@@ -75,16 +73,6 @@ def test_every_figure_has_a_text_labels_and_an_opaque_light_background():
         for axes in figure.axes:
             if len(axes.get_xticks()) and not axes.images and name not in ("grid", "beside"):
                 assert axes.get_xlabel() or axes.get_ylabel(), name
-
-
-def test_row_threshold_draws_the_formula():
-    left, right = show.row_threshold(torch.tensor([0.05, 0.5, 0.15, 0.3]), 0.1).axes
-    np.testing.assert_allclose(
-        [bar.get_height() for bar in right.patches], [0.4 / 0.65, 0.2 / 0.65, 0.05 / 0.65, 0], rtol=1e-6
-    )
-    assert [t.get_text() for t in left.get_legend().get_texts()][2:] == ["kept: 3 keys, mass 0.95", "cut: 1 keys"]
-    with pytest.raises(ValueError, match="one row"):
-        show.row_threshold(torch.ones(3), 0.1)
 
 
 def test_card_is_said_to_be_the_cards_and_ours_not_tested_until_it_is():
