@@ -57,7 +57,7 @@ class Call:
             raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
         keys = allowed_keys(q, k, attn_mask, is_causal)
         tau = resolve_threshold(threshold, keys, q.shape[1], statistics_dtype(q))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
         return cls(tau, scale, attn_mask, is_causal, dropout_p, empty_rows)
 
     def weights(self, scores: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_c
     """Check that q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv] and the mask fit together.
 
     Raises:
-        ValueError: they do not; the message has the shapes.
+        ValueError: they do not, in shape, device or dtype; the message says how.
     """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -83,8 +83,16 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_c
         raise ValueError(f"q, k and v must agree in batch and number of heads; got {shapes}")
     if q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
         raise ValueError(f"q and k must agree in D, k and v in the number of keys; got {shapes}")
+    if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point()):
+        raise ValueError(f"q, k and v must be floating-point tensors; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
     if attn_mask is None:
         return
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask must be boolean (True = may attend) or floating-point, got {attn_mask.dtype}")
+    if attn_mask.device != q.device:
+        raise ValueError(f"attn_mask is on {attn_mask.device}, but q, k and v are on {q.device}")
     if is_causal:
         raise ValueError("attn_mask and is_causal exclude each other: put the causal part into the mask")
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])

@@ -49,6 +49,8 @@ def cut_and_renormalise(probs: Tensor, tau: Tensor | float, empty_rows: str = "d
 
 def renormalise(r: Tensor, probs: Tensor, empty_rows: str) -> Tensor:
     """A = R / sum(R) over the last dimension; a row of R without any positive entry gets what ``empty_rows`` says."""
+    if r.shape[-1] == 0:
+        return r  # no keys, no weights
     z = r.sum(dim=-1, keepdim=True)  # [..., N, 1]
     empty = z == 0
     weights = r / z.masked_fill(empty, 1.0)  # dividing by 1 there keeps the gradient of an empty row finite
@@ -63,7 +65,7 @@ def renormalise(r: Tensor, probs: Tensor, empty_rows: str) -> Tensor:
 
 def effective_tau(probs: Tensor, tau: Tensor | float, empty_rows: str) -> Tensor | float:
     """The threshold each row is cut at: tau, or under ``"cap"`` min(tau, max_j p_ij / 2) [..., N, 1]."""
-    if empty_rows != "cap":
+    if empty_rows != "cap" or probs.shape[-1] == 0:
         return tau
     half_max = probs.amax(dim=-1, keepdim=True) / 2
     return torch.where(half_max < tau, half_max, tau)

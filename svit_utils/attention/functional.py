@@ -162,5 +162,7 @@ def _chosen(backend: str, q: Tensor, k: Tensor, v: Tensor, call: Call, return_we
 
 
 def _exporting() -> bool:
+    if torch.jit.is_tracing():  # torch.jit.trace and the older ONNX exporter
+        return True
     exporting = getattr(torch.compiler, "is_exporting", None)  # torch < 2.7 has no such function
     return torch.compiler.is_compiling() if exporting is None else bool(exporting())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any, cast
 
 import torch
@@ -136,6 +137,15 @@ class SparseAttention(SparseAttentionMixin, Attention):
     """
 
     dense_class = Attention
+
+    @classmethod
+    def using(cls, **settings: Any) -> type[SparseAttention]:
+        """This class with other defaults, for ``attn_layer=SparseAttention.using(threshold=0.02)``.
+
+        timm asks for a class there and refuses a ``functools.partial``.
+        """
+        own = {"__init__": partialmethod(cls.__init__, **settings), "__module__": cls.__module__}
+        return type(cls.__name__, (cls,), own)
 
     def __init__(
         self,

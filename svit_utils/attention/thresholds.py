@@ -6,6 +6,7 @@ tau is kept in float32 whatever the model's dtype: in bf16 an update of a learne
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -27,6 +28,9 @@ class Threshold(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # The numbers are kept as Python values too: a module that is built on the meta device, emptied onto another one
+        # and given a state_dict would otherwise compute with whatever lay in memory.
+        self._share = 1.0
         self.register_buffer("warmup", torch.ones(()), persistent=False)
 
     def forward(self, keys: int | Tensor) -> Tensor:
@@ -49,8 +53,13 @@ class Threshold(nn.Module):
         """
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"the warm-up factor of tau must lie in [0, 1], got {fraction}")
+        self._share = float(fraction)
         self.warmup.fill_(fraction)
         return self
+
+    def _refill(self) -> None:
+        """Write the numbers that no state_dict holds into their buffers again."""
+        self.warmup.fill_(self._share)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follow the model to another device, but stay in float32 when the model is cast."""
@@ -59,7 +68,11 @@ class Threshold(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        was_meta = self.warmup.is_meta
+        applied = super()._apply(keep_dtype, recurse)
+        if was_meta and not self.warmup.is_meta:
+            self._refill()
+        return applied
 
 
 class FixedThreshold(Threshold):
@@ -75,13 +88,19 @@ class FixedThreshold(Threshold):
     def __init__(self, tau: float | Tensor | Sequence[float]) -> None:
         super().__init__()
         try:
-            value = torch.as_tensor(tau, dtype=torch.float32).detach().clone()
+            where = None if isinstance(tau, Tensor) else "cpu"  # whatever torch.device is in force
+            value = torch.as_tensor(tau, dtype=torch.float32, device=where).detach().clone()
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"tau must be a number or have shape [H], got {tau!r}") from None
         if value.ndim > 1:
             raise ValueError(f"tau must be a number or have shape [H], got shape {tuple(value.shape)}")
         _check_range(value, tau)
+        self._given = value.tolist()
         self.register_buffer("value", value, persistent=False)
+
+    def _refill(self) -> None:
+        super()._refill()
+        self.value.copy_(torch.tensor(self._given, device="cpu"))
 
     @property
     def tau(self) -> float | Tensor:
@@ -159,7 +178,12 @@ class LearnableThreshold(Threshold):
             raise ValueError(f"init must lie in (0, 1), got {init}")
         self.init, self.per = float(init), per
         # One number has shape [1]: FSDP2 refuses parameters without a dimension.
-        self.logit = nn.Parameter(torch.logit(torch.tensor([init], dtype=torch.float64)).float())
+        self.logit = nn.Parameter(torch.tensor([math.log(init / (1 - init))]))
+
+    def _refill(self) -> None:
+        super()._refill()
+        with torch.no_grad():
+            self.logit.fill_(math.log(self.init / (1 - self.init)))
 
     @property
     def tau(self) -> Tensor:

@@ -11,13 +11,14 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from svit_utils.attention.module import SparseAttentionMixin
+from svit_utils.attention.module import RowObserver, SparseAttentionMixin
 from svit_utils.attention.rows import AttentionRows
 from svit_utils.attention.surgery import sparse_modules
 from svit_utils.files import write_file
@@ -63,7 +64,8 @@ class TokenSparsityTracker:
         tracker.table()
 
     Statistics are taken over queries with at least one allowed key and over allowed keys only. The survivors of a row
-    are S = {j : p_j > tau}; a row is empty when S is. Under ``empty_rows="cap"`` tau is the row's own.
+    are S = {j : p_j > tau}; a row is empty when S is. Under ``empty_rows="cap"`` tau is the row's own. A module that
+    stands in several places of the model has a row for each; what gradient checkpointing computes again is not counted.
 
     Args:
         model: a model with sparse attention; to watch a dense one, `sparsify` it with threshold 0.
@@ -76,20 +78,23 @@ class TokenSparsityTracker:
         self._modules = sparse_modules(model)
         if not self._modules:
             raise ValueError("the model has no sparse attention to track; call sparsify(model, threshold) first")
-        self._names = {id(module): name for name, module in self._modules.items()}
+        # Every place of a module, in the order of the calls; usually one.
+        places = model.named_modules(remove_duplicate=False)
+        self._names = [name for name, module in places if module in self._modules.values()]
+        self._observers = {module: self._observer_of(model, module) for module in self._modules.values()}
         self._has_class_token = has_class_token(model)
         self._totals: dict[tuple[str, str], _Totals] = {}
 
     def __enter__(self) -> TokenSparsityTracker:
-        for module in self._modules.values():
-            if self._observe not in module.row_observers:  # entered twice, it still counts once
-                module.row_observers.append(self._observe)
+        for module, observer in self._observers.items():
+            if observer not in module.row_observers:  # entered twice, it still counts once
+                module.row_observers.append(observer)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for module in self._modules.values():
-            if self._observe in module.__dict__.get("row_observers", []):
-                module.row_observers.remove(self._observe)
+        for module, observer in self._observers.items():
+            if observer in module.__dict__.get("row_observers", []):
+                module.row_observers.remove(observer)
 
     def reset(self) -> None:
         """Forget everything seen so far."""
@@ -110,7 +115,7 @@ class TokenSparsityTracker:
 
         rows = [
             {"layer": layer, "head": head, "queries": queries, **statistics}
-            for layer in self._names.values()
+            for layer in self._names
             for queries in ("all", "class")
             if (layer, queries) in self._totals
             for head, statistics in enumerate(self._totals[layer, queries].per_head())
@@ -147,7 +152,7 @@ class TokenSparsityTracker:
             allowed = f"column must be one of {', '.join(COLUMNS)} and queries one of {', '.join(sets)}"
             raise ValueError(f"{allowed}; got {column!r}, {queries!r}")
         values = table[table["queries"] == queries].pivot(index="layer", columns="head", values=column)
-        values = values.loc[[name for name in self._names.values() if name in values.index]]
+        values = values.loc[[name for name in self._names if name in values.index]]
         figure = Figure(figsize=(2.2 + 0.5 * values.shape[1], 1.2 + 0.35 * values.shape[0]), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(values.to_numpy(), cmap="cividis", aspect="auto")
@@ -163,11 +168,19 @@ class TokenSparsityTracker:
         content = {"summary": asdict(self.summary()), "table": self.table().to_dict(orient="records")}
         return write_file(path, json.dumps(content, indent=1) + "\n")
 
-    def _observe(self, module: SparseAttentionMixin, rows: AttentionRows) -> None:
-        name = self._names[id(module)]
-        for queries, part in (("all", rows), ("class", rows.first())):
-            if queries == "all" or self._has_class_token:
-                self._totals.setdefault((name, queries), _Totals(rows.kept.shape[1])).add(part)
+    def _observer_of(self, model: nn.Module, module: nn.Module) -> RowObserver:
+        """What is called at each call of ``module``: it goes through the module's names in turn."""
+        names = cycle(name for name, other in model.named_modules(remove_duplicate=False) if other is module)
+
+        def observe(_: SparseAttentionMixin, rows: AttentionRows) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # inside a backward pass: gradient checkpointing repeats a call that was counted
+            name = next(names)
+            for queries, part in (("all", rows), ("class", rows.first())):
+                if queries == "all" or self._has_class_token:
+                    self._totals.setdefault((name, queries), _Totals(rows.kept.shape[1])).add(part)
+
+        return observe
 
 
 class _Totals:

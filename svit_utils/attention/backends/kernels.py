@@ -108,7 +108,7 @@ def forward_kernel(
         total = total * tl.exp(largest - anchor) + tl.sum(tl.exp(s - anchor[:, None]), axis=1)
         largest = new
 
-    dead = largest == float("-inf")
+    dead = (largest == float("-inf")) & (total == total)  # a row of NaN has no largest score either, and stays NaN
     anchor = tl.where(dead, 0.0, largest)
     inverse = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, total))  # the largest probability, too: exp(0) / total
     kind = tl.where(dead, 3, tl.where(inverse <= tau, 1, 0))

@@ -64,7 +64,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of each row's tau [B, H, N]."""
     problem = Problem.fold(q, k, v, call, seed, keeps_probs=True)
-    wide, scale = problem.q.dtype, call.scale
+    wide, scale = problem.q.dtype, problem.scale
     grad = grad.to(wide).reshape(problem.q.shape[0], problem.q.shape[1], grad.shape[-1])
     dots = (grad * out.to(wide).view_as(grad)).sum(dim=-1, keepdim=True)  # D [G, N, 1]
     dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))

@@ -6,6 +6,7 @@ the two matrix products, and nothing of size N x N is ever stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Problem:
 
     Attributes:
         q, k, v: [G, N, D], [G, M, D], [G, M, Dv].
+        scale: factor on the products of q and k.
         tau: [G, 1, 1] one number per head, or [G, N, 1] one per query.
         taus: the same as numbers, one per pair or one for all; empty where tau differs from query to query.
         highest: the largest tau.
@@ -42,6 +44,7 @@ class Problem:
     q: Tensor
     k: Tensor
     v: Tensor
+    scale: float
     tau: Tensor
     taus: list[float]
     highest: float
@@ -62,10 +65,14 @@ class Problem:
         taus = [] if per_query else tau.expand(batch, heads, 1, 1).flatten().tolist()
         taus = taus[:1] if len(set(taus)) == 1 else taus
         highest = max(taus) if taus else float(tau.max()) if tau.numel() else 0.0
-        tau = tau.expand(batch, heads, n if per_query else 1, 1).reshape(batch * heads, -1, 1)
+        rows = n if per_query else 1
+        tau = tau.expand(batch, heads, rows, 1).reshape(batch * heads, rows, 1)
         mask = None if call.attn_mask is None else call.attn_mask.expand(batch, heads, n, k.shape[2])
         q, k, v = (x.to(wide).reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
-        return cls(q, k, v, tau, taus, highest, mask, heads, call, seed, keeps_probs)
+        scale = call.scale
+        if not math.isfinite(scale):  # as a factor of the product itself, BLAS libraries ignore NaN
+            q, scale = q * scale, 1.0
+        return cls(q, k, v, scale, tau, taus, highest, mask, heads, call, seed, keeps_probs)
 
     def tiles(self) -> Iterator[Tile]:
         """The work in pieces, always in the same order, so that dropout draws the same numbers in both passes."""
@@ -142,7 +149,7 @@ class Tile:
     def _probabilities(self) -> Tensor:
         problem, scores = self.problem, self.buffer(0)
         keys = problem.k[self.pairs, self.keys].transpose(1, 2)
-        torch.baddbmm(scores, self.rows_of(problem.q), keys, beta=0, alpha=problem.call.scale, out=scores)
+        torch.baddbmm(scores, self.rows_of(problem.q), keys, beta=0, alpha=problem.scale, out=scores)
         if problem.call.is_causal:
             query = torch.arange(self.rows.start, self.rows.stop)[:, None]
             scores.masked_fill_(torch.arange(self.keys.stop) > query, -torch.inf)
