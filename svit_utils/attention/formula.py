@@ -48,7 +48,10 @@ def cut_and_renormalise(probs: Tensor, tau: Tensor | float, empty_rows: str = "d
 
 
 def renormalise(r: Tensor, probs: Tensor, empty_rows: str) -> Tensor:
-    """A = R / sum(R) over the last dimension; a row of R without any positive entry gets what ``empty_rows`` says."""
+    """A = R / sum(R) over the last dimension; a row of R that is all 0 gets what ``empty_rows`` says.
+
+    ``"cap"`` is not done here but before, by `effective_tau`, and leaves no such row.
+    """
     if r.shape[-1] == 0:
         return r  # no keys, no weights
     z = r.sum(dim=-1, keepdim=True)  # [..., N, 1]

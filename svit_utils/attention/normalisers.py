@@ -1,8 +1,8 @@
 """What turns attention scores into attention weights: the thresholded softmax, and the controls it is compared with.
 
 If the thresholded softmax is good for something, it has to be better than these at it. Each is a function of the scores
-[..., N, M], and a class of the same name that holds its settings. To add one, write a class with `weights` and one line
-in `NORMALISERS`: then `sparsify`, the tracker, the explanations, saving and loading know it.
+[..., N, M], and a class beside it that holds the settings. To add one, write a subclass of `Normaliser` with `weights`
+and one line in `NORMALISERS`: then `sparsify`, the tracker, the explanations, saving and loading know it.
 """
 
 from __future__ import annotations
@@ -72,12 +72,15 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 class Normaliser:
-    """Base of the normalisers: `weights` of scores. A subclass may hold a `Threshold` under the name ``threshold``.
+    """Base of the normalisers: `weights` of scores.
 
-    One with parameters of its own is a subclass of ``nn.Module`` too.
+    A subclass keeps each argument of its constructor as an attribute of the same name: that is how it is saved. One
+    with an argument ``threshold`` or ``empty_rows`` gets what `sparsify` was given. One with parameters to train
+    derives from ``nn.Module`` too.
     """
 
     threshold: Threshold | None = None
+    # What the tracker and the command line say of rows without a survivor; it does nothing by itself.
     empty_rows = "dense"
 
     def weights(self, scores: Tensor) -> Tensor:
@@ -85,10 +88,16 @@ class Normaliser:
         raise NotImplementedError
 
     def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
-        """The probability that each row was cut at, broadcastable to [B, H, N, 1]: a key survives where p is larger.
+        """Where the tracker puts the cut: a key counts as a survivor where its softmax probability p is larger.
 
-        Unless a subclass knows better, the largest probability that got no weight: right for every normaliser that
-        keeps the largest keys of a row.
+        Args:
+            scores: [B, H, N, M]; a fully masked row gives NaN here, and is not looked at.
+            weights: what `weights` made of them, before dropout.
+
+        Returns:
+            Broadcastable to [B, H, N, 1]. By default the largest p that got no weight, which is right where a row keeps
+            its largest keys and always has a survivor. A normaliser whose rows can fall back to something else has to
+            override this, or such rows count as not cut.
         """
         return scores.softmax(dim=-1).masked_fill(weights != 0, 0.0).amax(dim=-1, keepdim=True)
 
@@ -103,8 +112,18 @@ class Normaliser:
         return copy.deepcopy(self, {id(self.threshold): self.threshold.for_heads(num_heads)})
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments besides the threshold, as JSON takes them."""
-        return {}
+        """The constructor's arguments besides the threshold, read from the attributes of the same names.
+
+        Raises:
+            ValueError: there is no attribute of an argument's name.
+        """
+        names = [name for name in inspect.signature(type(self)).parameters if name != "threshold"]
+        if missing := [name for name in names if not hasattr(self, name)]:
+            raise ValueError(
+                f"{type(self).__name__} must keep its argument {', '.join(missing)} as an attribute of the same name, "
+                "or it could not be saved"
+            )
+        return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         parts = [] if self.threshold is None else [repr(self.threshold)]
@@ -135,9 +154,6 @@ class _Cutting(Normaliser):
     def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
         return effective_tau(scores.softmax(dim=-1), self.tau(scores), self.empty_rows)
 
-    def settings(self) -> dict[str, Any]:
-        return {"empty_rows": self.empty_rows}
-
 
 class ThresholdedSoftmax(_Cutting):
     """R / sum(R) with R = ReLU(softmax(scores) - tau): the method itself, and the only one with fast backends."""
@@ -158,9 +174,6 @@ class ClippedSoftmax(_Cutting):
 
     def __init__(self, threshold: ThresholdLike = 0.01) -> None:
         super().__init__(threshold, "zero")  # it does not renormalise: an empty row is 0 by the formula
-
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     def weights(self, scores: Tensor) -> Tensor:
         return clipped_softmax(scores, self.tau(scores))
@@ -183,9 +196,6 @@ class TopK(Normaliser):
 
     def weights(self, scores: Tensor) -> Tensor:
         return top_k(scores, self.k)
-
-    def settings(self) -> dict[str, Any]:
-        return {"k": self.k}
 
 
 class Entmax15(Normaliser):
@@ -224,8 +234,8 @@ def as_normaliser(normaliser: str | object, threshold: ThresholdLike = 0.01, emp
 
     Args:
         normaliser: a name in `NORMALISERS`, or an object with a method ``weights(scores)``.
-        threshold, empty_rows: given to a named normaliser that takes them; otherwise they must be left at their
-            defaults.
+        threshold, empty_rows: given to a named normaliser whose constructor has arguments of these names; otherwise
+            they must be left at their defaults.
 
     Raises:
         ValueError: unknown name, an object without ``weights``, a setting out of range or that is not taken.
@@ -256,6 +266,9 @@ class _Given(Normaliser):
 
     def __init__(self, given: Any) -> None:
         self.given = given
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def weights(self, scores: Tensor) -> Tensor:
         return self.given.weights(scores)

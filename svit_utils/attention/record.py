@@ -21,7 +21,7 @@ class Normalises(Protocol):
         """Scores [..., N, M] to weights of the same shape."""
 
     def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
-        """The probability that each row was cut at, broadcastable to [..., N, 1]."""
+        """The softmax probability that each row was cut at, broadcastable to [..., N, 1]."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class AttentionRecord:
     Attributes:
         out: [B, H, N, Dv], the attention output before the projection.
         weights: [B, H, N, M], the weights multiplied with V (after dropout).
+        undropped: [B, H, N, M], the same before dropout.
         scores: [B, H, N, M], scaled, masked keys at -inf.
         allowed: boolean, broadcastable to [B, H, N, M], False where a key is masked; None without a mask.
         v: [B, H, M, Dv].
@@ -39,6 +40,7 @@ class AttentionRecord:
 
     out: Tensor
     weights: Tensor
+    undropped: Tensor
     scores: Tensor
     allowed: Tensor | None
     v: Tensor
@@ -52,7 +54,7 @@ class AttentionRecord:
     @cached_property
     def tau(self) -> Tensor | float:
         """The threshold each row was cut at, broadcastable to [B, H, N, 1]: a key survives where probs > tau."""
-        return self.normaliser.cut_at(self.scores, self.weights)
+        return self.normaliser.cut_at(self.scores, self.undropped)
 
 
 def attend(
@@ -83,10 +85,11 @@ def attend(
         else:
             dead = fully_masked(scores)  # [B, H, N, 1]
             weights = normaliser.weights(scores.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
+        undropped = weights
         if dropout is not None:
             weights = dropout(weights)
         out = (weights @ v.to(dtype)).to(v.dtype)  # [B, H, N, Dv]
-    return AttentionRecord(out, weights, scores, allowed, v, normaliser)
+    return AttentionRecord(out, weights, undropped, scores, allowed, v, normaliser)
 
 
 def effective_support(weights: Tensor) -> Tensor:

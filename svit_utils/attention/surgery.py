@@ -88,7 +88,8 @@ def sparsify(
         backend: see `thresholded_attention`.
         normaliser: what makes weights of scores: ``"thresholded"``, or one to compare it with: ``"hard_cut"``,
             ``"clipped"``, ``"topk"``, ``"entmax15"``, ``"sparsemax"``, or an object with a method ``weights(scores)``
-            such as ``TopK(k=32)``. Those that have no threshold take none.
+            such as ``svit_utils.attention.normalisers.TopK(k=32)``. Those
+            that have no threshold take none, and no fast ``backend`` computes them.
 
     Returns:
         A report of every attention module: converted, or left dense and why.
@@ -99,6 +100,8 @@ def sparsify(
         ImportError: entmax15 or sparsemax without the package entmax.
     """
     check_backend(backend)
+    if normaliser != "thresholded" and backend not in ("auto", "reference"):
+        raise ValueError(f"backend {backend!r} computes the thresholded softmax only: leave it out with {normaliser!r}")
     if isinstance(layers, (str, int)):
         raise ValueError(f"layers must be a list of block indices or module names, got {layers!r}; write [{layers!r}]")
     supported = _supported_modules(model)

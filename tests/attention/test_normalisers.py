@@ -20,6 +20,7 @@ from svit_utils.attention.normalisers import (
     top_k,
 )
 from svit_utils.explain import attention_maps
+from svit_utils.paths import repo_root
 
 P = torch.tensor([10.0, 6, 3, 1], dtype=torch.float64) / 20
 TAU = 0.1
@@ -70,6 +71,8 @@ def test_sparsemax_and_entmax15_solve_their_equations() -> None:
         assert (weights == 0).any()
 
 
+# As functions of the scores. None of them changes when a constant is added to a row of scores, and the test below
+# relies on that: it gives them log p.
 CONTROLS = {
     "hard_cut": lambda s: hard_cut(s, 0.01),
     "clipped": lambda s: clipped_softmax(s, 0.01),
@@ -196,8 +199,53 @@ class Halved(Normaliser):
     def weights(self, scores: Tensor) -> Tensor:
         return self.factor * scores.softmax(dim=-1)
 
-    def settings(self) -> dict[str, float]:
-        return {"factor": self.factor}
+
+class Forgetful(Normaliser):
+    """One that does not keep its argument."""
+
+    def __init__(self, factor: float = 0.5) -> None:
+        self.scale = factor
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return self.scale * scores.softmax(dim=-1)
+
+
+def test_a_setting_is_saved_by_itself_or_its_absence_is_said(
+    model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NORMALISERS, "halved", Halved)
+    monkeypatch.setitem(NORMALISERS, "forgetful", Forgetful)
+    report = sparsify(model, normaliser=Halved(0.25))
+    assert "Halved(factor=0.25)" in str(report)
+    out, description = model(X), describe_sparsity(model)
+    densify(model)
+    restore_sparsity(model, description)
+    assert torch.equal(model(X), out)
+    with pytest.raises(ValueError, match="Forgetful must keep its argument factor as an attribute of the same name"):
+        sparsify(model, normaliser=Forgetful(0.25))
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_dropout_is_not_taken_for_a_cut(model: VisionTransformer, name: str) -> None:
+    sparsify(model, normaliser=TopK(5) if name == "topk" else name)
+    kept = {}
+    for training in (False, True):
+        for block in model.blocks:
+            block.attn.attn_drop.p = 0.5
+        model.train(training)
+        with TokenSparsityTracker(model) as tracker, torch.no_grad():
+            model(X)
+        table = tracker.table().query("layer == 'blocks.0.attn' and queries == 'all'")
+        kept[training] = table[["kept_mean", "empty_rate"]].to_numpy().ravel().tolist()
+    assert kept[True] == pytest.approx(kept[False])
+
+
+def test_readme_and_docstring_name_every_normaliser() -> None:
+    root = repo_root()
+    assert root is not None
+    readme, docstring = (root / "README.md").read_text(encoding="utf-8"), sparsify.__doc__ or ""
+    for name in NORMALISERS:
+        assert f'"{name}"' in docstring and (name == "thresholded" or f'"{name}"' in readme), name
 
 
 def test_a_new_normaliser_is_one_class_and_one_line(model: VisionTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +284,7 @@ def test_bad_settings_are_refused_and_leave_the_model_alone(model: VisionTransfo
         ({"normaliser": "topk", "threshold": 0.1}, "normaliser 'topk' takes no threshold"),
         ({"normaliser": "clipped", "empty_rows": "zero"}, "normaliser 'clipped' takes no empty_rows"),
         ({"normaliser": TopK(3), "threshold": 0.1}, "a normaliser object takes no threshold"),
+        ({"normaliser": "topk", "backend": "tiled"}, "backend 'tiled' computes the thresholded softmax only"),
         ({"normaliser": "hard_cut", "threshold": 1.0}, r"must lie in \[0, 1\)"),
         ({"normaliser": "hard_cut", "empty_rows": "no"}, "empty_rows must be one of"),
     ):
