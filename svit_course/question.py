@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ import torch
 Case = Mapping[str, Any]
 Seen = dict[str, Any]
 ASSIGNMENTS = ("a", "b", "c", "d", "e", "f")
+# Judges seed torch's global generator to make their models. Graders judge in several threads, which share it.
+_JUDGING = threading.Lock()
 
 
 class Wrong(AssertionError):
@@ -103,11 +106,14 @@ def ask(asked: Question, answers: Sequence[Any], case: Case) -> Seen:
 def decide(asked: Question, case: Case, seen: Seen) -> None:
     """The second half: judge what was seen. That may be anything, so a judge that fails on it means *wrong*, too.
 
+    Of several threads one judges at a time.
+
     Raises:
         Wrong: the answer does not hold; the message begins with question and case.
     """
     try:
-        asked.judge(case, seen)
+        with _JUDGING:
+            asked.judge(case, seen)
     except Wrong as wrong:
         raise Wrong(f"{asked.name}, {case['what']}: {wrong}") from None
     except Exception as error:

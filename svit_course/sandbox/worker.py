@@ -129,7 +129,10 @@ def main(assignment: str, control: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     limits.keep_orphans()
+    # IPython and pandas are used only later, by the cells: loaded here, once, they cost no submission its time.
+    import IPython.core.inputtransformer2  # noqa: F401
     import matplotlib.pyplot as plt
+    import pandas  # noqa: F401
     import torch
 
     from svit_course import questions

@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
+from svit_course import Question, Wrong, notebooks
 from svit_course import masters as m
-from svit_course import notebooks
 from svit_course.grading import command, reports, submissions
+from svit_course.question import decide
 from svit_course.sandbox import limits, wire
 
 MASTER = m.master("a")
@@ -288,6 +291,26 @@ def test_given_cells_come_from_the_master() -> None:
 )
 def test_borrowed_answers_are_noticed(source: str, expected: bool) -> None:
     assert submissions.borrows(source) is expected
+
+
+def test_judges_of_two_submissions_do_not_share_the_random_numbers() -> None:
+    """Two submissions are judged in two threads, and torch has one global generator, which makes the judges' models."""
+    case = {"what": "drawn", "seed": 1}
+
+    def draw() -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return torch.stack([torch.randn(()) for _ in range(2000)])
+
+    expected = draw()
+
+    def judge(_case: Any, _seen: Any) -> None:
+        if not torch.equal(draw(), expected):
+            raise Wrong("another thread has drawn in between")
+
+    drawn = Question("x1", (), (case,), probe=lambda _case: {}, judge=judge, hints=(), section="")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: decide(drawn, case, {}), range(20)))
 
 
 def test_the_wire_carries_arrays_and_no_objects() -> None:
