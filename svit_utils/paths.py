@@ -1,11 +1,8 @@
-"""Where things lie: data, weights, the embedded checkpoints and the recorded results.
+"""Where things lie: data, weights, the embedded checkpoints and the recorded results. Nothing here creates anything.
 
 In the repository (an editable install, or the repository as working folder) the checkpoints lie in ``data/checkpoints``
-and the results in ``results``. In an installed wheel, both lie inside the package, under ``_embedded``. The functions
-here hide the difference; they never create anything.
+and the results in ``results``; in an installed wheel, both lie inside the package, under ``_embedded``.
 """
-
-from __future__ import annotations
 
 import os
 from pathlib import Path
@@ -20,13 +17,10 @@ def repo_root() -> Path | None:
 
 
 def data_dir() -> Path:
-    """The data directory: ``$SVIT_DATA_DIR``, else ``data/`` of the repository, else ``data/`` in the working folder.
-
-    The folder need not exist; what reads from it says what is missing.
-    """
-    if named := os.environ.get("SVIT_DATA_DIR"):
-        return Path(named).expanduser()
-    return (repo_root() or Path.cwd()) / "data"
+    """The data directory, which need not exist: ``$SVIT_DATA_DIR``, else ``data/`` of the repository, or of the working
+    folder where there is none."""
+    named = os.environ.get("SVIT_DATA_DIR")
+    return Path(named).expanduser() if named else (repo_root() or Path.cwd()) / "data"
 
 
 def weights_dir() -> Path | None:

@@ -1,7 +1,5 @@
 """Where a number came from: command, seed, versions, device, commit. Written beside every recorded result."""
 
-from __future__ import annotations
-
 import datetime
 import platform
 import shlex
@@ -38,11 +36,9 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
 
 def _command() -> str:
     """The command line without the folders of this machine: of an absolute path only the last part is kept."""
-    program = Path(sys.argv[0])
-    arguments = [_without_folders(argument) for argument in sys.argv[1:]]
-    if program.name == "__main__.py":
-        return shlex.join(["python", "-m", program.parent.name, *arguments])
-    return shlex.join([program.name, *arguments])
+    program, arguments = Path(sys.argv[0]), map(_without_folders, sys.argv[1:])
+    called = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*called, *arguments])
 
 
 def _without_folders(argument: str) -> str:
@@ -61,17 +57,15 @@ def _processor() -> str:
 
 
 def _version(package: str) -> str:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+    return ""
 
 
 def _git(*arguments: str) -> str:
     """What git prints for the repository; empty without a repository, without git, or where git fails."""
-    if (root := repo_root()) is None:
-        return ""
-    command = ["git", "-C", str(root), *arguments]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    if root := repo_root():
+        command = ["git", "-C", str(root), *arguments]
+        with suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     return ""

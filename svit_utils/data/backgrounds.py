@@ -3,8 +3,6 @@
 A family has a hue and a coarseness. Lightness runs from 0 to 1; colours are painted without changing it.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 

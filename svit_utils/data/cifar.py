@@ -5,8 +5,6 @@ only and unpacks in place: the archive is fetched into a temporary folder beside
 checked again there, and the whole folder is renamed into place.
 """
 
-from __future__ import annotations
-
 import http.client
 import logging
 import os
@@ -148,37 +146,28 @@ def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
     """Put ``FOLDER`` into ``folder``, from an archive lying there or from the first address that serves a good one."""
     from torchvision.datasets import CIFAR10
 
-    local = folder / CIFAR10.filename
+    local, tried = folder / CIFAR10.filename, []
     sources = ([local.resolve().as_uri()] if local.is_file() else []) + list(addresses)
-    if not sources:
-        raise DataNotFoundError(_missing(folder, [], download))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        scratch = tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise DataNotFoundError(_missing(folder, [f"cannot write to {folder}: {error}"], download)) from error
-    tried = []
-    with scratch as name:
+        if sources:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_stale(folder)
         for source in sources:
-            try:
-                _fetch(source, Path(name, CIFAR10.filename), CIFAR10.tgz_md5)
-                _unpack(Path(name, CIFAR10.filename), Path(name, FOLDER))
-                return _move(Path(name, FOLDER), folder / FOLDER)
-            except _FAILURES as error:
-                tried.append(f"{source}: {error or type(error).__name__}")
-                log.warning("CIFAR-10 from %s failed: %s", source, error or type(error).__name__)
-    raise DataNotFoundError(_missing(folder, tried, download))
-
-
-def _missing(folder: Path, tried: Sequence[str], download: bool) -> str:
-    """The message of `DataNotFoundError`: what was tried, and where to put the files."""
-    attempts = f"Nothing was downloaded: {'the list of mirrors is empty' if download else 'download=False'}.\n"
-    if tried:
-        attempts = "Tried:\n" + "".join(f"  {attempt}\n" for attempt in tried)
-    return (
-        f"CIFAR-10 was not found: there is no {folder / FOLDER}.\n{attempts}"
-        f"Put the folder {FOLDER}/ (or the archive cifar-10-python.tar.gz) into {folder},\n"
+            with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder, ignore_cleanup_errors=True) as name:
+                try:
+                    _fetch(source, Path(name, CIFAR10.filename), CIFAR10.tgz_md5)
+                    _unpack(Path(name, CIFAR10.filename), Path(name, FOLDER))
+                    return _move(Path(name, FOLDER), folder / FOLDER)
+                except _FAILURES as error:
+                    tried.append(f"{source}: {error or type(error).__name__}")
+                    log.warning("CIFAR-10 from %s failed: %s", source, error or type(error).__name__)
+    except OSError as error:  # of the folder: those of a source are caught above
+        tried.append(f"cannot write to {folder}: {error}")
+    nothing = f"Nothing was downloaded: {'the list of mirrors is empty' if download else 'download=False'}."
+    raise DataNotFoundError(
+        f"CIFAR-10 was not found: there is no {folder / FOLDER}.\n"
+        + "\n  ".join(["Tried:", *tried] if tried else [nothing])
+        + f"\nPut the folder {FOLDER}/ (or the archive {CIFAR10.filename}) into {folder},\n"
         f"or set SVIT_DATA_DIR to the folder that holds it,\n"
         f"or {MIRRORS_VARIABLE} to an address that serves the archive."
     )

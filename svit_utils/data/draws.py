@@ -3,8 +3,6 @@
 Every number is a hash of a seed, a stream, the index of the picture and a counter that says what the number is for.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Pictures in folders, one folder for each class: ImageNet as it is usually unpacked, or pictures of one's own."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,11 +32,9 @@ def image_folder(
     alphabetical order; the result's ``source.samples`` lists (path, label).
 
     Args:
-        img_size: side in pixels.
-        augment: random resized crop and flip; else resize and centre crop, keeping ``crop_pct`` of the side.
+        augment: random resized crop and flip; else resize and crop the centre, ``crop_pct`` in (0, 1] of the side.
         transform: applied to the PIL image in place of all that.
         normalise: "imagenet", "cifar10", "half", "none", or (mean, std).
-        crop_pct: in (0, 1].
 
     Raises:
         ValueError: for an unknown option, a split that is needed and not given, or classes that differ between splits.

@@ -6,16 +6,12 @@ model look at the object?" has a known answer. What keeps the class out of every
 * every class has the same distribution of object *area*, so counting pixels of a colour says nothing;
 * the object is brighter or darker than its background by a fair coin, so the mean picture of every class is the same
   and a linear classifier of pixels learns nothing;
-* colours, position, clutter and distractors are drawn without looking at the label.
-
-The one intended exception is ``rho``: with probability ``rho`` the background comes from the family (hue and
-coarseness) that belongs to the label, otherwise from a family drawn evenly from all ten.
+* colours, position, clutter and distractors are drawn without looking at the label, but for ``rho``: the probability
+  that the background is of the label's own family (hue and coarseness) rather than of one drawn evenly from all ten.
 
 Every random number is a hash of seed, split, index and use (`svit_utils.data.draws`). So a picture is the same in any
 batch, and a switch such as ``erase_object`` changes what it names and leaves the rest alone.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
@@ -45,26 +41,16 @@ _CHUNK = 64  # pictures made at a time: fits the processor's cache
 class Difficulty:
     """How hard the pictures are. Lightness runs from 0 to 1.
 
-    Args:
-        area: share of the picture that the object covers, drawn evenly between the two, the same for every class.
-        rotation: largest turn, in radians, either way.
-        shift: largest distance of the object's box from the middle, in each direction, as a share of the picture's
-            side (never beyond the border; 0.5 is "anywhere it fits").
-        brighter: probability that the object is brighter than its background, not darker.
-        contrast: difference between the mean lightnesses of object and background, either sign.
-        clutter: largest departure of the background's lightness from its mean.
-        texture: the same for the object.
-
     Raises ValueError for a number outside its range, or where the object could vanish into its background.
     """
 
-    area: tuple[float, float] = (0.16, 0.30)
-    rotation: float = 0.3
-    shift: float = 0.5
-    brighter: float = 0.5
-    contrast: tuple[float, float] = (0.34, 0.50)
-    clutter: float = 0.18
-    texture: float = 0.05
+    area: tuple[float, float] = (0.16, 0.30)  # share of the picture the object covers, drawn evenly for every class
+    rotation: float = 0.3  # largest turn either way, in radians
+    shift: float = 0.5  # how far the object's box may be off the middle, as a share of the side; 0.5: wherever it fits
+    brighter: float = 0.5  # probability that the object is brighter than its background, not darker
+    contrast: tuple[float, float] = (0.34, 0.50)  # difference between the mean lightnesses of object and background
+    clutter: float = 0.18  # largest departure of the background's lightness from its mean
+    texture: float = 0.05  # the same for the object
 
     def __post_init__(self) -> None:
         for name in ("area", "contrast"):
@@ -77,16 +63,16 @@ class Difficulty:
         if self.clutter < 0 or self.texture < 0:
             raise ValueError(f"clutter and texture must not be negative, got {self.clutter} and {self.texture}")
         # The mask is exact only if a pixel of the object can never have the lightness of what it covers.
-        if self.contrast[0] <= self.clutter + self.texture or self.contrast[0] / 4 <= self.texture:
+        (least, most), rest = self.contrast, f"clutter {self.clutter}, texture {self.texture}"
+        if least <= self.clutter + self.texture or least / 4 <= self.texture:
             raise ValueError(
                 "the smallest contrast must exceed clutter + texture and 4 * texture (else the object could vanish "
-                f"into its background), got contrast {self.contrast[0]}, clutter {self.clutter}, "
-                f"texture {self.texture}"
+                f"into its background), got contrast {least}, {rest}"
             )
-        if _MIDDLE + self.contrast[1] / 2 + max(self.clutter, self.texture) > 0.5:
+        if _MIDDLE + most / 2 + max(self.clutter, self.texture) > 0.5:
             raise ValueError(
                 f"{_MIDDLE} + largest contrast / 2 + clutter (or texture) must not exceed 0.5 (lightness would leave "
-                f"0 to 1), got contrast {self.contrast[1]}, clutter {self.clutter}, texture {self.texture}"
+                f"0 to 1), got contrast {most}, {rest}"
             )
 
 
@@ -117,9 +103,8 @@ class PlantedShapes(Dataset):
         split: "train", "val" or "test"; the three have separate random streams, for the same seed too.
         size: number of pictures; 100,000 / 2,000 / 2,000 by default. It does not change the pictures.
         img_size: side in pixels.
-        seed: any integer.
         distractors: number of small blobs and bars, drawn below the object and without regard to the label.
-        rho: probability, in [0, 1], that the background is of the label's own family; otherwise the family is random.
+        rho: probability, in [0, 1], that the background is of the label's own family.
         swap_background: give every background the family of *another* class, drawn evenly (whatever ``rho``).
         erase_object: leave the object out; the mask still says where it would be.
         difficulty: "easy", "standard", "hard", or a :class:`Difficulty`.
@@ -180,11 +165,7 @@ class PlantedShapes(Dataset):
 
         Raises IndexError for an index outside the set.
         """
-        if isinstance(indices, int):
-            indices = range(indices)
-        if isinstance(indices, Tensor):
-            indices = indices.tolist()
-        index = np.array([int(i) for i in indices], dtype=np.int64)
+        index = np.array(list(range(indices) if isinstance(indices, int) else map(int, indices)), dtype=np.int64)
         index = np.where(index < 0, index + self.size, index)
         if index.size == 0:
             raise ValueError("batch() needs at least one index, got none")
@@ -258,7 +239,5 @@ def _check_fit(area: float) -> None:
     width = (reach + np.roll(reach, ANGLES // 2, axis=1)).max(1)  # largest extent in any direction
     width = width * math.sqrt(area) / np.sqrt(unit_area)
     if width.max() > 1.06:
-        raise ValueError(
-            f"an object of area {area} does not fit the picture: the {CLASSES[int(width.argmax())]} would be "
-            f"{width.max():.2f} times as wide; choose a smaller area"
-        )
+        widest = f"the {CLASSES[int(width.argmax())]} would be {width.max():.2f} times as wide"
+        raise ValueError(f"an object of area {area} does not fit the picture: {widest}; choose a smaller area")

@@ -4,8 +4,6 @@ Each function takes coordinates x (to the right) and y (up) of any shape and ret
 zero on the outline, slope one across it away from corners. Sizes differ: `measures` gives what evens them out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import lru_cache

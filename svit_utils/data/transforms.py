@@ -3,8 +3,6 @@
 Every random choice is drawn from torch's generator, so seeding or restoring that generator repeats it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,11 +1,11 @@
 """Explanations of a prediction as maps over the image: attention, rollout, Grad-CAM through its two libraries."""
 
-from svit_utils.explain.displayed import displayed, displayed_top
-from svit_utils.explain.gradcam import default_layer, grad_cam, layer_grad_cam
-from svit_utils.explain.grid import TokenGrid, readout_rows, token_grid, tokens_to_grid
-from svit_utils.explain.maps import attention_layers, attention_maps, class_attention, upsample
-from svit_utils.explain.methods import METHODS, explain_batch
-from svit_utils.explain.rollout import attention_rollout, rollout_matrix
+from .displayed import displayed, displayed_top
+from .gradcam import default_layer, grad_cam, layer_grad_cam
+from .grid import TokenGrid, readout_rows, token_grid, tokens_to_grid
+from .maps import attention_layers, attention_maps, class_attention, upsample
+from .methods import METHODS, explain_batch
+from .rollout import attention_rollout, rollout_matrix
 
 __all__ = ["METHODS", "TokenGrid", "attention_layers", "attention_maps", "attention_rollout", "class_attention"]
 __all__ += ["default_layer", "displayed", "displayed_top", "explain_batch", "grad_cam", "layer_grad_cam"]

@@ -1,10 +1,7 @@
 """Dense attention displayed as if it had been cut: the control for "sparse maps are cleaner".
 
-A dense model's map gets zeros by the display alone. If it then scores like the map of a model that was trained with
-the cut, the training did nothing for the map.
+If it scores like the map of a model that was trained with the cut, the training did nothing for the map.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor

@@ -7,8 +7,6 @@ pytorch-grad-cam's example assumes 14 x 14 patches after one prefix token. So th
 first. Both functions raise ValueError where there is no token grid, or where the gradient on the patch tokens is zero.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -25,13 +23,12 @@ _Found = tuple[Tensor | None, Tensor | None]
 def default_layer(model: nn.Module) -> nn.Module:
     """The layer whose output Grad-CAM uses by default, just before the last attention.
 
-    It is `blocks[-1].norm1`, or the output of `blocks[-2]` where the norms follow the attention; ValueError where there
-    is neither. After its last attention, a model with a class-token head never mixes tokens again: the gradient on the
-    patch tokens there is exactly zero. Pooled models would allow a later layer; the same place keeps maps comparable.
+    It is `blocks[-1].norm1`, or `blocks[-2]` where the norms follow the attention; ValueError where there is neither.
+    After its last attention, a model with a class-token head never mixes tokens again: the gradient on the patch tokens
+    there is exactly zero. Pooled models would allow a later layer; the same place keeps maps comparable.
     """
-    blocks = getattr(unwrap(model), "blocks", None)
-    if blocks is None or len(blocks) == 0:
-        name = type(unwrap(model)).__name__
+    blocks, name = getattr(unwrap(model), "blocks", None) or [], type(unwrap(model)).__name__
+    if not blocks:
         raise ValueError(f"{name} has no `blocks`: give the layer, a module whose output is [B, N, C]")
     last = blocks[-1]
     if hasattr(last, "norm1") and type(last).__name__ not in ("ResPostBlock", "EvaBlockPostNorm"):

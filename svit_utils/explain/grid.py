@@ -1,7 +1,5 @@
 """Where a model's patch tokens lie: how many prefix tokens come first, and the grid of patches that follows them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -38,28 +36,23 @@ def token_grid(model: nn.Module, x: Tensor) -> TokenGrid:
     """The token grid of `model` for the images `x` [B, 3, H, W].
 
     The number of prefix tokens is the model's own `num_prefix_tokens` (1 for ViT, 2 for distilled DeiT, 5 for DINOv2
-    with registers, 0 for SigLIP). The grid is asked of the patch embedding for this image size, so that non-square and
-    dynamic sizes come out right.
-
-    Raises ValueError where there is no single grid (NaFlexViT with variable sequences, hybrids such as MobileViT,
-    hierarchical models).
+    with registers, 0 for SigLIP). The patch embedding tells the grid for this image size, non-square or dynamic. Raises
+    ValueError where there is no single grid (NaFlexViT with variable sequences, MobileViT, hierarchical models).
     """
     model = unwrap(model)
     if x.ndim != 4:
         raise ValueError(f"images must be [B, C, H, W], got shape {tuple(x.shape)}")
-    name = type(model).__name__
-    patch_embed = getattr(model, "patch_embed", None)
-    prefix = getattr(model, "num_prefix_tokens", None)
+    patch_embed, prefix = getattr(model, "patch_embed", None), getattr(model, "num_prefix_tokens", None)
+    refused = f"no token grid can be established for {type(model).__name__}"
     if patch_embed is None or not isinstance(prefix, int):
         missing = "patch_embed" if patch_embed is None else "num_prefix_tokens"
-        raise ValueError(f"no token grid can be established for {name}: it has no `{missing}`; {_SUPPORTED}")
+        raise ValueError(f"{refused}: it has no `{missing}`; {_SUPPORTED}")
     if hasattr(patch_embed, "dynamic_feat_size"):
         height, width = patch_embed.dynamic_feat_size((int(x.shape[-2]), int(x.shape[-1])))
     elif getattr(patch_embed, "grid_size", None) is not None:
         height, width = patch_embed.grid_size
     else:
-        kind = type(patch_embed).__name__
-        raise ValueError(f"no token grid can be established for {name}: its {kind} tells no grid; {_SUPPORTED}")
+        raise ValueError(f"{refused}: its {type(patch_embed).__name__} tells no grid; {_SUPPORTED}")
     return TokenGrid(prefix, int(height), int(width))
 
 

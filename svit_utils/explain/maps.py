@@ -1,7 +1,5 @@
 """The attention weights that multiply V, of dense, sparse and mixed models, fused or not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -59,11 +57,8 @@ def attention_maps(
     among them says that the value of that key does not reach the query; its score still changes the denominator of the
     softmax, and with it the weights of the keys that stay.
 
-    Args:
-        layers: indices into `attention_layers(model)`, names, or None for all; order is the model's.
-
-    Raises:
-        ValueError: the model has no readable attention, or a layer is unknown.
+    `layers` are indices into `attention_layers(model)`, names, or None for all; order is the model's. Raises ValueError
+    for a model without readable attention, or an unknown layer.
     """
     model = unwrap(model)
     modules = attention_layers(model)
@@ -97,8 +92,7 @@ def maps_on_grid(
     grid = token_grid(model, x)
     maps = attention_maps(model, x, layers)
     for name, weights in maps.items():
-        if weights.shape[-1] != grid.num_tokens:
-            tokens = weights.shape[-1]
+        if (tokens := weights.shape[-1]) != grid.num_tokens:
             raise ValueError(f"layer {name} attends over {tokens} tokens, the model's grid has {grid.num_tokens}")
     return maps, grid
 
@@ -106,8 +100,8 @@ def maps_on_grid(
 def class_attention(model: nn.Module, x: Tensor, layer: int | str = -1) -> Tensor:
     """Attention of the classifier's token to every patch, per head: [B, H, h, w].
 
-    The average over the tokens that the classifier reads is taken, see `readout_rows`. Mass on prefix tokens is left
-    out: a map sums to at most 1. Errors as for `maps_on_grid`.
+    The mean over the tokens that the classifier reads, `readout_rows`. Mass on prefix tokens is left out: a map sums to
+    at most 1. Errors as for `maps_on_grid`.
     """
     maps, grid = maps_on_grid(model, x, layer)
     (weights,) = maps.values()  # [B, H, N, N]
@@ -115,10 +109,9 @@ def class_attention(model: nn.Module, x: Tensor, layer: int | str = -1) -> Tenso
 
 
 def upsample(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
-    """[..., h, w] maps on the token grid -> [..., H, W] on the image.
+    """[..., h, w] maps on the token grid (else ValueError) -> [..., H, W] on the image.
 
-    `nearest` keeps the patches visible; `bilinear` (default) is what Grad-CAM figures usually show. Raises ValueError
-    for fewer than two dimensions.
+    `nearest` keeps the patches visible; `bilinear` (default) is what Grad-CAM figures usually show.
     """
     if maps.ndim < 2:
         raise ValueError(f"maps must be [..., h, w], got shape {tuple(maps.shape)}")

@@ -1,7 +1,5 @@
 """The explanations by name, and all maps of a batch at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """How a model is used for an explanation and left as it was found; which class is explained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias

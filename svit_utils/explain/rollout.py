@@ -1,6 +1,6 @@
 """Attention rollout: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", arXiv:2005.00928, sec. 3."""
 
-from __future__ import annotations
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,12 @@ def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: floa
     if len(shapes) != 1 or maps[0].shape[-2] != maps[0].shape[-1]:
         raise ValueError(f"rollout multiplies square maps of one size, got {sorted(shapes)}")
     identity = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)
-    rolled = None
+    steps = []
     for weights in maps:
         step = (1.0 - residual) * _FUSIONS[head_fusion](weights, dim=1) + residual * identity  # [B, N, N]
         total = step.sum(dim=-1, keepdim=True)
-        step = step / torch.where(total > 0, total, torch.ones_like(total))
-        rolled = step if rolled is None else step @ rolled  # later layers from the left
-    assert rolled is not None
-    return rolled
+        steps.append(step / torch.where(total > 0, total, torch.ones_like(total)))
+    return reduce(lambda rolled, step: step @ rolled, steps)  # later layers from the left
 
 
 def attention_rollout(
@@ -45,10 +43,10 @@ def attention_rollout(
 ) -> Tensor:
     """How much of each patch reaches the classifier's token when attention is followed through all layers: [B, h, w].
 
-    The average over the tokens that the classifier reads is taken, see `readout_rows`. What flows from prefix tokens is
-    left out, so a map sums to at most 1, and so are layers before `start_layer`. Rollout follows the value path only,
-    treats all values alike, leaves out projections and MLPs, and knows no class: it is not evidence *for* a label.
-    Raises ValueError for an unknown layer, and as `rollout_matrix` and `maps_on_grid`.
+    The mean over the tokens that the classifier reads, `readout_rows`. What flows from prefix tokens is left out, so a
+    map sums to at most 1, and so are layers before `start_layer`. Rollout follows the value path only, treats all
+    values alike, leaves out projections and MLPs, and knows no class: it is not evidence *for* a label. Raises
+    ValueError for an unknown layer, and as `rollout_matrix` and `maps_on_grid`.
     """
     maps, grid = maps_on_grid(model, x)
     if not 0 <= start_layer < len(maps):

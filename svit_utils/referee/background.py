@@ -1,10 +1,8 @@
 """Does a model, or its maps, look at the background? Measured on PlantedShapes, where the answer is known.
 
-There the class lies in the object's outline alone, unless the background is tied to the label (`rho`). A model that
-goes by the background is found by giving every object another background, or by leaving the object out.
+There the class lies in the object's outline alone, unless the background is tied to the label (`rho`): a model that
+goes by the background is found by giving every object another one, or by leaving the object out.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -42,10 +40,9 @@ def background_accuracy(
 
 
 def background_mass(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of each map's positive part that lies outside the object: [B] in [0, 1], from [B, H, W] each.
+    """Share of each map's positive part that lies outside the object, 1 - `energy_in_mask`: [B], from [B, H, W] each.
 
-    It is 1 - `energy_in_mask`, so a map without anything positive counts as uniform. Compare with the uniform map's,
-    which is the share of the picture that is background.
+    A map without anything positive counts as uniform. Compare with the uniform map's: the background's share.
     """
     return 1 - energy_in_mask(maps, masks)
 
@@ -55,8 +52,7 @@ def distractor_regions(images_with: Tensor, images_without: Tensor, masks: Tenso
 
     Images are [B, C, H, W], masks bool [B, H, W], True on the object; raises ValueError for anything else.
     """
-    expected = (images_with.shape[0], *images_with.shape[-2:])
-    if images_with.ndim != 4 or images_with.shape != images_without.shape or tuple(masks.shape) != expected:
+    if images_with.ndim != 4 or images_with.shape != images_without.shape or masks.shape != images_with[:, 0].shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (images_with, images_without, masks))
         raise ValueError(f"images must be [B, C, H, W] twice and masks [B, H, W], got {shapes}")
     if masks.dtype != torch.bool:

@@ -1,7 +1,5 @@
 """Maps that know nothing of the model: what any explanation must beat. Only `edge_maps` looks at the image."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,9 +28,8 @@ def edge_maps(images: Tensor) -> Tensor:
     """Sobel gradient magnitude of the grey images: [B, 3, H, W] -> [B, H, W], float32, 0 or more, per pixel.
 
     A map that does no better than an edge detector may be one (Adebayo et al. 2018, arXiv:1810.03292). Grey is the mean
-    of the channels, so normalised images will do. A ramp that rises by s per pixel gives s, a step of height h gives
-    h / 2 on the two pixels beside it; the border is reflected and is no edge. Raises ValueError for another shape or
-    sides below 2 pixels.
+    of the channels, so normalised images will do. A ramp that rises by s per pixel gives s; a step of height h, h / 2
+    on both its sides; the reflected border is no edge. Raises ValueError for another shape or sides below 2 pixels.
     """
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < 2:
         raise ValueError(f"images must be [B, 3, H, W] with H, W of at least 2 pixels, got {tuple(images.shape)}")

@@ -5,8 +5,6 @@ painted over (deletion) or, beginning with a blank picture, put back (insertion)
 its area over t in [0, 1].
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -30,14 +28,11 @@ def deletion_curve(
     """Probability of the class while the map's highest cells are painted over: [B, steps + 1], at t = 0, 1/steps .. 1.
 
     Of its area (`curve_area`), **lower is better**: a faithful map makes the probability fall early. At share t the
-    round(t h w) highest cells are replaced by `fill`, tied cells in random order. Unchanged by any increasing
-    transformation of the map. Cost: steps + 1 forward passes per image. A flat patch is itself unusual, and the
-    probability can fall because of the patch's edges: `road` was made to avoid that.
+    round(t h w) highest cells are replaced by `fill`, in the units of the normalised images (0 is grey), tied cells in
+    random order (`seed`). Unchanged by any increasing transformation of the map. Cost: steps + 1 forward passes per
+    image. A flat patch is itself unusual, and the probability can fall because of its edges: `road` avoids that.
 
-    Args:
-        x, maps, targets: see `svit_utils.referee.inputs`; ValueError for others.
-        fill: what is painted, in the units of the normalised images; 0 is grey.
-        seed: of the order among tied cells.
+    For `x`, `maps`, `targets` see `svit_utils.referee.inputs`; ValueError for others.
     """
     order = places(check_maps(maps, x), seed)
     return _curve(model, x, filled(x, fill), x, order, targets, steps, batch_size)
@@ -57,12 +52,9 @@ def insertion_curve(
 ) -> Tensor:
     """Probability of the class while the map's highest cells are put back: [B, steps + 1], at t = 0, 1/steps .. 1.
 
-    Of its area, **higher is better**: a faithful map brings the class back early. Arguments, cost, ties and errors as
-    for `deletion_curve`.
-
-    Args:
-        start: "blur" begins with the blurred image, as RISE does, which avoids edges between grey and picture; "fill"
-            with a picture of `fill` throughout.
+    Of its area, **higher is better**: a faithful map brings the class back early. `start="blur"` begins with the
+    blurred image, as RISE does, which avoids edges between grey and picture; "fill" with a picture of `fill`
+    throughout. Other arguments, cost, ties and errors as for `deletion_curve`.
     """
     order, blank = places(check_maps(maps, x), seed), filled(x, fill)
     if start not in ("blur", "fill"):
@@ -104,10 +96,7 @@ def _curve(
 
 
 def curve_area(curve: Tensor) -> Tensor:
-    """Area under curves [B, steps + 1] over t in [0, 1], by trapezoids: [B], in [0, 1] for probabilities.
-
-    Raises ValueError for another rank or fewer than two points.
-    """
+    """Area under curves [B, steps + 1] over t in [0, 1], by trapezoids: [B]. ValueError for fewer than two points."""
     curve = torch.as_tensor(curve).detach().cpu().double()
     if curve.ndim != 2 or curve.shape[1] < 2:
         raise ValueError(f"curves must be [B, steps + 1] with steps at least 1, got shape {tuple(curve.shape)}")

@@ -1,13 +1,11 @@
 """Does a map say what the model used? Scores without labels or masks, a file for each: change the image, and watch.
 
-Deletion and insertion (`curves`), `road` and `infidelity` ask the model about pictures unlike those it was trained on,
-and it may answer them in its own way: compare maps under one score, on the same model and images, and with
-`random_maps`; a score alone says little. `max_sensitivity` and `sparseness` describe the map and are not evidence that
-it is right. All are float64 on the CPU, one per image, and do not depend on `batch_size`. The model runs in evaluation
-mode; its flags, its gradients and the global random generator come back as they were.
+Deletion and insertion (`curves`), `road` and `infidelity` ask the model about pictures unlike those it was trained on:
+compare maps under one score, on the same model and images, and with `random_maps`; a score alone says little.
+`max_sensitivity` and `sparseness` describe the map and are no evidence that it is right. All are float64 on the CPU,
+one per image, and do not depend on `batch_size`. The model runs in evaluation mode; its flags, its gradients and the
+global random generator come back as they were.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -29,7 +27,7 @@ def faithfulness_scores(
     """All scores that need only a map, with default settings: name -> [B]; about 60 forward passes per image.
 
     `deletion` (lower is better), `insertion` (higher), `road` (higher), `infidelity` (lower), and `sparseness`, which
-    is no measure of quality. Arguments and errors as in the functions themselves.
+    is no measure of quality.
     """
     check_maps(maps, x)
     with evaluating(model):

@@ -3,8 +3,6 @@
 With f_c the logit of the class: mean over perturbations I of (beta I . map - (f_c(x) - f_c(x - I)))^2.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +25,9 @@ def infidelity(
 ) -> Tensor:
     """Mean squared error of the map as a forecast of what removals do to the logit: [B], in logits squared.
 
-    **Lower is better**; 0 forecasts every removal, and a map of zeros gets the mean squared change. A perturbation
-    paints a random square of cells with `fill` (Yeh's square removal). The map is spread over its patches' pixels.
+    **Lower is better**; 0 forecasts every removal, and a map of zeros gets the mean squared change. Each of the
+    `perturbations` of an image, a forward pass each, paints a random square of cells (Yeh's square removal). The map is
+    spread over its patches' pixels.
 
     The scale of a map is arbitrary, so the one factor beta per image that fits best is used (Captum's normalize=True).
     It may be negative, so that this score, unlike the others, does not tell a map from its negative. A constant map
@@ -36,12 +35,10 @@ def infidelity(
     models and images: compare maps of the same ones.
 
     Args:
-        x, maps, targets: see `svit_utils.referee.inputs`; ValueError for others.
-        perturbations: squares drawn per image; one forward pass each.
-        multiply_by_inputs: what the map's values mean, named as in Captum. True (default): what a cell contributes, as
-            in Grad-CAM, attention, rollout or gradient x input; the perturbation I is 1 on the cells removed and 0
-            elsewhere. False: a slope per pixel, as in a gradient; I = x - x_perturbed.
-        fill: what is painted, in the units of the normalised images; 0 is grey.
+        x, maps, targets, fill: as for `deletion_curve`; ValueError for others.
+        multiply_by_inputs: what the map's values mean, named as in Captum. True: what a cell contributes, as in
+            Grad-CAM, attention, rollout or gradient x input; I is 1 on the cells removed and 0 elsewhere. False: a
+            slope per pixel, as in a gradient; I = x - x_perturbed.
     """
     from captum.metrics import infidelity as captum_infidelity
 

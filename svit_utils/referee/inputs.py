@@ -5,8 +5,6 @@ cell stands for a patch of H/h by W/w pixels (h = H, w = W is a map by pixel). `
 image, or None for what the model predicts on the clean image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +27,9 @@ def check_maps(maps: Tensor, x: Tensor | None = None) -> Tensor:
 
     Raises ValueError for another rank, NaN, infinity, or cells that are not whole patches of the images.
     """
-    maps = torch.as_tensor(maps)
+    maps = torch.as_tensor(maps).detach().cpu().double()
     if maps.ndim != 3 or maps.numel() == 0:
         raise ValueError(f"maps must be [B, h, w], got shape {tuple(maps.shape)}")
-    maps = maps.detach().cpu().double()
     if not bool(torch.isfinite(maps).all()):
         raise ValueError("maps must be finite: NaN or infinity found")
     if x is not None:
@@ -63,7 +60,7 @@ def filled(x: Tensor, fill: float) -> Tensor:
 
 
 def explained_classes(model: nn.Module, x: Tensor, targets: Targets, batch_size: int) -> Tensor:
-    """The class explained for each image, [B] int64 on the CPU; chosen on the clean images and kept from there on.
+    """The class explained for each of the clean images, [B] int64 on the CPU.
 
     Raises ValueError for a class that the model does not have, or another number of classes than images.
     """
@@ -91,8 +88,8 @@ def to_pixels(cells: Tensor, x: Tensor) -> Tensor:
 def places(maps: Tensor, seed: int) -> Tensor:
     """Each cell's place when an image's cells are sorted from the highest (0) to the lowest (h * w - 1): [B, h, w].
 
-    Ties are broken at random, independently for each image. Broken by storage order, a blank map would be a sweep from
-    the top left, which on pictures with the object in the middle is better or worse than chance.
+    Ties are broken at random, in each image by itself: by storage order, a blank map would be a sweep from the top
+    left, which on pictures with the object in the middle is better or worse than chance.
     """
     flat = maps.flatten(1)  # [B, n]
     generator = torch.Generator().manual_seed(seed)

@@ -7,8 +7,6 @@ would give on average; in average precision, tied pixels enter together. All sco
 ValueError for other shapes, masks that are not boolean or hold no object, NaN and infinity.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -55,7 +53,7 @@ def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
 def iou_at_mask_area(maps: Tensor, masks: Tensor) -> Tensor:
     """Intersection over union of the mask with the map's highest pixels, as many as the mask has: [B] in [0, 1].
 
-    Taking the object's own area leaves no threshold to choose. Pixels tied at the boundary share the places left in
+    The object's own area leaves no threshold to choose. Pixels tied at the boundary share the places left in
     proportion. Unchanged by any increasing transformation of the map.
     """
     values, inside = _flatten(maps, masks)
@@ -74,12 +72,10 @@ def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
         AP = mean over the object's pixels i of  |{j on the object: v_j >= v_i}| / |{j: v_j >= v_i}|
 
     as scikit-learn's `average_precision_score`. It takes every threshold at once, where the IoU takes one. Unchanged by
-    any increasing transformation of the map. Where nothing is known, with m object pixels among n:
-
-    * a blank map, and the mask's complement, get m / n;
-    * a strict order drawn at random gets (m - 1) / (n - 1) + (n - m) / (n - 1) * H_n / n on average, with
-      H_n = 1 + 1/2 + ... + 1/n: a little over m / n (by 0.002 at 56 x 56 pixels with a quarter of them on the object);
-    * the worst strict order, the object last, gets (1 / m) sum_k k / (n - m + k), k = 1 ... m: below m / n, never 0.
+    any increasing transformation of the map. With m object pixels among n, a blank map and the mask's complement get
+    m / n; a strict order drawn at random (m - 1) / (n - 1) + (n - m) / (n - 1) * H_n / n on average, H_n = 1 + 1/2 +
+    ... + 1/n, a little over m / n (by 0.002 at 56 x 56 pixels with a quarter of them on the object); the worst strict
+    order, the object last, (1 / m) sum_k k / (n - m + k), k = 1 ... m: below m / n, never 0.
     """
     values, inside = _flatten(maps, masks)
     # Negated, so that ascending order, which `searchsorted` needs, goes from the highest pixel down.

@@ -3,8 +3,6 @@
 Over noise e with every value in [-radius, radius]: max ||map(x + e) - map(x)|| / ||map(x)||.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -28,16 +26,15 @@ def max_sensitivity(
 ) -> Tensor:
     """Largest relative change of the map under small noise in the image: [B]; **lower is better**, 0 is no change.
 
-    The noise is uniform, the norm Euclidean; where the clean map is zero, the norm of the change itself is taken. A map
-    that ignores the image scores a perfect 0: a low score is necessary for a good map and no evidence of one.
+    The noise of `samples` copies of each image is uniform, its `radius` in the units of the normalised images; the norm
+    is Euclidean. Where the clean map is zero, the norm of the change itself is taken. A map that ignores the image
+    scores a perfect 0: a low score is necessary for a good map and no evidence of one.
 
     Args:
         x, targets: see `svit_utils.referee.inputs`; ValueError for others, or for maps that are not finite.
         explain: (model, images [n, C, H, W], classes [n]) -> maps [n, h, w]. It may differentiate with respect to the
             images. The class of an image is fixed on the clean one and goes with its noisy copies, so a prediction that
             flips is not counted as a change of the map.
-        radius: in the units of the normalised images.
-        samples: noisy copies per image.
         seed: of the noise, and of what `explain` draws from torch's global CPU generator.
     """
     from captum.metrics import sensitivity_max

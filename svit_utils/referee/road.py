@@ -1,7 +1,5 @@
 """ROAD, remove and debias: Rong et al. 2022 (arXiv:2202.00449)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 
@@ -32,12 +30,11 @@ def road(
     Removal and filling in are pytorch-grad-cam's, and on maps without ties the result is that of its `ROADCombined`
     with `ClassifierOutputSoftmaxTarget`. Of tied values (the many zeros of Grad-CAM after its ReLU, or of thresholded
     attention) the library removes all pixels at once, at worst the whole picture. So it is given the cells' ranks here,
-    with ties broken at random, and the same share is removed whatever the map.
+    with ties broken at random, and the same share is removed whatever the map. `seed` is that of ties and noise.
 
     Args:
         x, maps, targets: see `svit_utils.referee.inputs`; ValueError for others.
         percentiles: shares that are *kept*, in per cent, as the library counts; each below 100 and at least one cell.
-        seed: of the order among tied cells and of the noise.
     """
     from pytorch_grad_cam.metrics.perturbation_confidence import RemoveLeastRelevantFirst, RemoveMostRelevantFirst
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer

@@ -1,7 +1,5 @@
 """Sparseness of a map: Chalasani et al. 2018 (arXiv:1810.06583), as `quantus.Sparseness`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ looks at both and takes the less certain answer. All functions raise ValueError 
 infinity, and a confidence outside (0, 1).
 """
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -169,11 +167,9 @@ def compare(a: Any, b: Any, *, confidence: float = 0.95, resamples: int = 10_000
     * the crossed bootstrap's: twice the share of resampled means at 0 or beyond, as (k + 1) / (B + 1) with B
       resamples, at most 1 (Davison & Hinkley 1997, section 4.2, for the + 1). It is never below 2 / (B + 1), which
       leaves room for a Holm family of some hundreds at B = 10,000;
-    * Student's paired t over the means per seed, which guards the level where seeds decide and are few. Where all means
-      agree on another value than 0, its p is 0 and the bootstrap's decides. That is right for maps that do not depend
-      on the seed; one run copied S times looks the same, and must not be passed off as S seeds.
-
-    For S = 1 there is only the first, and the verdict is "open" whatever it is.
+    * Student's paired t over the means per seed (for S > 1), which guards the level where seeds decide and are few.
+      Where all means agree on another value than 0, its p is 0 and the bootstrap's decides. That is right for maps that
+      do not depend on the seed; one run copied S times looks the same, and must not be passed off as S seeds.
     """
     from scipy import stats
 

@@ -1,7 +1,5 @@
 """Charts of numbers. Each function returns a matplotlib `Figure` with a text that describes it, see `alt_of`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures and pictures shown in a notebook together with a text for readers who do not see them."""
 
-from __future__ import annotations
-
 import base64
 import io
 from html import escape

@@ -3,8 +3,6 @@
 The widget and its stand-in on a printed page call the same function, so a cell can check what a slider would show.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -106,20 +104,14 @@ def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None
 
 
 def attention_explorer_data(
-    model: nn.Module,
-    images: Tensor,
-    sparse_model: nn.Module | None = None,
-    *,
-    threshold: float = 0.01,
-    display: Any | None = None,
-    **as_sparsify: Any,
+    model: nn.Module, images: Tensor, sparse_model: nn.Module | None = None, *, display: Any = None, **as_sparsify: Any
 ) -> AttentionData:
     """Dense maps of `model` beside those of `sparse_model`, for images [B, 3, H, W]; the same in [0, 1] as `display`.
 
-    Without a `sparse_model`, `model` itself is made sparse for one pass, with `threshold` and `as_sparsify`.
+    Without a `sparse_model`, `model` itself is made sparse for one pass: `sparsify(model, **as_sparsify)`.
     """
     dense = _dense_maps(model, images)
-    with sparsified(model, threshold, **as_sparsify) if sparse_model is None else nullcontext():
+    with sparsified(model, **as_sparsify) if sparse_model is None else nullcontext():
         sparse = attention_maps(model if sparse_model is None else sparse_model, images)
     shown = [to_rgb(image) for image in (images if display is None else display)]
     return AttentionData(shown, _stack(dense), _stack(sparse), list(dense), token_grid(model, images))

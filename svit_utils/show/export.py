@@ -1,10 +1,9 @@
 """Maps as files: one file of numbers, one overlay picture per image and method."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,7 @@ from svit_utils.show.pictures import overlay, to_rgb
 
 
 def export_maps(
-    path: str | Path,
-    maps: Mapping[str, Tensor],
-    images: Tensor | None = None,
-    metadata: Mapping[str, object] | None = None,
+    path: str | Path, maps: Mapping[str, Tensor], images: Tensor | None = None, metadata: dict[str, Any] | None = None
 ) -> list[Path]:
     """Write `maps` to `path` (.safetensors or .npz); with `images`, PNG overlays into a folder of that name beside it.
 
@@ -35,7 +31,7 @@ def export_maps(
         raise ValueError(f"maps are written as .safetensors or .npz, got {path.name!r}")
     if not maps:
         raise ValueError("no maps to write")
-    note = json.dumps(dict(metadata or {}), default=str)
+    note = json.dumps(metadata or {}, default=str)
     tensors = {name: value.detach().cpu().contiguous() for name, value in maps.items()}
     with replacing(path) as partial:
         if path.suffix == ".safetensors":

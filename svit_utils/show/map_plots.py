@@ -1,7 +1,5 @@
 """Figures of maps over images, each a matplotlib `Figure` with a text that describes it, see `alt_of`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +10,6 @@ from matplotlib.figure import Figure
 from svit_utils.show.display import with_alt
 from svit_utils.show.pictures import as_array, overlay, to_rgb
 from svit_utils.show.style import CMAP, COLOURS, styled_figure
-
-
-def _title(name: str) -> str:
-    known = {"grad_cam": "Grad-CAM", "layer_grad_cam": "LayerGradCam", "attention": "attention, last layer"}
-    return known.get(name, name.replace("_", " "))
 
 
 def _without_ticks(axis: Any) -> None:
@@ -38,7 +31,8 @@ def explanation_grid(
     for name, value in maps.items():
         if value.ndim != 3 or len(value) != len(images):
             raise ValueError(f"map {name!r} must be [{len(images)}, h, w], got shape {tuple(value.shape)}")
-    rows, titles = len(images), ["image", *map(_title, maps)]
+    known = {"grad_cam": "Grad-CAM", "layer_grad_cam": "LayerGradCam", "attention": "attention, last layer"}
+    rows, titles = len(images), ["image", *(known.get(name, name.replace("_", " ")) for name in maps)]
     with styled_figure(1.9 * len(titles), 1.9 * rows + 0.6) as figure:
         axes = figure.subplots(rows, len(titles), squeeze=False)
         for r in range(rows):
@@ -60,8 +54,7 @@ def explanation_grid(
         figure.supxlabel("each map stretched to its own range: dark low, bright high", fontsize=9)
     text = f"{rows} image{'s' if rows > 1 else ''}, one per row, each followed by the maps of {', '.join(titles[1:])} "
     text += "laid over it in colour, bright where the map is high"
-    text += "; the object's outline is drawn in orange." if masks is not None else "."
-    return with_alt(figure, text)
+    return with_alt(figure, text + ("." if masks is None else "; the object's outline is drawn in orange."))
 
 
 def dense_beside_sparse(image: Any, dense: Any, sparse: Any, *, title: str = "") -> Figure:

@@ -1,7 +1,5 @@
 """The panels that the explorers put together. Drawn with PIL rather than matplotlib: a few milliseconds a picture."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tensors and maps as pictures of bytes: conversion, colour, and a map laid over its image."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib

@@ -1,9 +1,7 @@
 """One look for all figures: colours that colour-blind readers can tell apart, readable on a dark page as well."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import matplotlib
@@ -26,15 +24,12 @@ COLOURS = {
 
 _RC: dict[str, Any] = {
     # Opaque and light, so that dark text stays readable on a dark page.
-    "figure.facecolor": "#FAFAFA",
-    "savefig.facecolor": "#FAFAFA",
+    **dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "#FAFAFA"),
     "axes.facecolor": "#FFFFFF",
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#111111"),
     "axes.edgecolor": "#444444",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "font.size": 10,
@@ -45,11 +40,9 @@ _RC: dict[str, Any] = {
 }
 
 
-@contextmanager
-def styled() -> Iterator[None]:
+def styled() -> AbstractContextManager[None]:
     """matplotlib's settings for the body of the `with`; afterwards they are as they were."""
-    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
-        yield
+    return matplotlib.rc_context(_RC)  # type: ignore[arg-type]
 
 
 @contextmanager

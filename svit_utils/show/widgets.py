@@ -1,7 +1,5 @@
 """Two ipywidgets over the functions in `explorers`: sliders in, a PNG and a caption out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from html import escape
 from typing import Any
