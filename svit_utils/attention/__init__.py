@@ -1,18 +1,12 @@
 """Thresholded attention: the operator, its thresholds, the timm modules, the surgery that puts them in, the tracker."""
 
-from svit_utils.attention.formula import thresholded_softmax
-from svit_utils.attention.functional import (
-    attention_record,
-    attention_rows,
-    backend_for,
-    backends,
-    thresholded_attention,
-)
-from svit_utils.attention.module import SparseAttention, SparseAttentionMixin, SparseAttentionRope, SparseEvaAttention
-from svit_utils.attention.normalisers import NORMALISERS, Normaliser
-from svit_utils.attention.record import AttentionRecord
-from svit_utils.attention.rows import AttentionRows
-from svit_utils.attention.surgery import (
+from .formula import thresholded_softmax
+from .functional import attention_record, attention_rows, backend_for, backends, thresholded_attention
+from .module import SparseAttention, SparseAttentionMixin, SparseAttentionRope, SparseEvaAttention
+from .normalisers import NORMALISERS, Normaliser
+from .record import AttentionRecord
+from .rows import AttentionRows
+from .surgery import (
     LayerReport,
     SparsifyReport,
     densify,
@@ -23,46 +17,13 @@ from svit_utils.attention.surgery import (
     sparsified,
     sparsify,
 )
-from svit_utils.attention.thresholds import (
-    EMPTY_ROWS,
-    FixedThreshold,
-    LearnableThreshold,
-    RelativeThreshold,
-    Threshold,
-    ThresholdLike,
-)
-from svit_utils.attention.tracker import TokenSparsityTracker, TrackerSummary
+from .thresholds import EMPTY_ROWS, FixedThreshold, LearnableThreshold, RelativeThreshold, Threshold, ThresholdLike
+from .tracker import TokenSparsityTracker, TrackerSummary
 
-__all__ = [
-    "EMPTY_ROWS",
-    "NORMALISERS",
-    "AttentionRecord",
-    "AttentionRows",
-    "FixedThreshold",
-    "LayerReport",
-    "LearnableThreshold",
-    "Normaliser",
-    "RelativeThreshold",
-    "SparseAttention",
-    "SparseAttentionMixin",
-    "SparseAttentionRope",
-    "SparseEvaAttention",
-    "SparsifyReport",
-    "Threshold",
-    "ThresholdLike",
-    "TokenSparsityTracker",
-    "TrackerSummary",
-    "attention_record",
-    "attention_rows",
-    "backend_for",
-    "backends",
-    "densify",
-    "describe_sparsity",
-    "learnable_thresholds",
-    "restore_sparsity",
-    "sparse_modules",
-    "sparsified",
-    "sparsify",
-    "thresholded_attention",
-    "thresholded_softmax",
-]
+__all__ = ["attention_record", "attention_rows", "backend_for", "backends", "thresholded_attention"]
+__all__ += ["SparseAttention", "SparseAttentionMixin", "SparseAttentionRope", "SparseEvaAttention"]
+__all__ += ["NORMALISERS", "AttentionRecord", "AttentionRows", "Normaliser", "thresholded_softmax"]
+__all__ += ["LayerReport", "SparsifyReport", "densify", "describe_sparsity", "learnable_thresholds"]
+__all__ += ["restore_sparsity", "sparse_modules", "sparsified", "sparsify"]
+__all__ += ["EMPTY_ROWS", "FixedThreshold", "LearnableThreshold", "RelativeThreshold", "Threshold", "ThresholdLike"]
+__all__ += ["TokenSparsityTracker", "TrackerSummary"]

@@ -7,8 +7,6 @@ Nearest published relatives: clipped softmax (Bondarenko et al. 2023, arXiv:2306
 renormalisation, and ReLA (Zhang et al. 2021, arXiv:2104.07012).
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

@@ -1,7 +1,5 @@
 """`thresholded_attention`: one signature over several backends, with the arguments checked once."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

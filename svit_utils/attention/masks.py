@@ -1,7 +1,5 @@
 """Attention masks, as `torch.nn.functional.scaled_dot_product_attention` takes them: boolean, additive, causal."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Attention computed the plain way, with everything it computed kept: the scores, the weights, what was cut."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

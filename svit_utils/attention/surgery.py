@@ -4,8 +4,6 @@ A converted module is the same object with another class: its parameters, buffer
 stay what they were, so the state_dict keeps its keys and `densify` has nothing to copy back.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

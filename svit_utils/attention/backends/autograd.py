@@ -10,8 +10,6 @@ A backend registers two custom ops, so that ``torch.compile`` and ``torch.func``
 `Call` is taken apart by `flat` on one side and put together by `from_flat` on the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 

@@ -8,8 +8,6 @@ g_j = 1_S (dO . v_j - D) / Z (the gradient of p_j):
 Rows that the formula leaves undefined, and rows that ``"cap"`` cuts lower, are corrected one by one afterwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

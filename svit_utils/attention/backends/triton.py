@@ -13,8 +13,6 @@ Of several equally large keys the first one gets it, where the formula divides i
 Triton is imported at the first call. ``TRITON_INTERPRET=1`` runs the kernels on the CPU, slowly, to test them.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from svit_utils.attention.thresholds import EMPTY_ROWS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # head sizes beyond do not fit on the chip
-SAVED = 8  # numbers per row, see `triton_kernels`
+SAVED = 8  # numbers per row, see `kernels`
 REGULAR, FALLBACK, CAPPED = 0, 1, 2  # kinds of row
 SKIP_TILES = True
 STAGES = 2  # tiles under way at once: a third one would not fit beside heads 128 wide
