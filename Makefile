@@ -106,6 +106,10 @@ study-tables: $(STAMP) ## write the study's tables anew from its recorded scores
 bench: $(STAMP) ## measure what the cut costs (about half an hour; nothing else should run), write results/bench/
 	$(PY) -m benchmarks
 
+.PHONY: gpu
+gpu: $(STAMP) ## prove, measure and train on a GPU (PARTS=prove,measure,train MINUTES=5; DEVICE=cpu: a rehearsal, two minutes)
+	PARTS="$(PARTS)" DEVICE="$(DEVICE)" MINUTES="$(MINUTES)" $(PY) -m benchmarks.gpu
+
 .PHONY: check-results
 check-results: $(STAMP) ## rerun one row of each results file at small size and compare
 	$(PY) -m tools.check_results

@@ -91,7 +91,9 @@ def flex(tau: float, device: str) -> Attention:
     With L = logsumexp(s), log ReLU(exp(s - L) - tau) is a score whose softmax is R / sum(R). L takes a pass of its own:
     FlexAttention's on a GPU, SDPA's on a CPU, where FlexAttention does not return it. Empty rows get 0.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as module
+
+    flex_attention = module.flex_attention
 
     def cut(q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> Tensor:
         def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -102,7 +104,11 @@ def flex(tau: float, device: str) -> Attention:
 
     second = torch.compile(cut, dynamic=False)
     if device == "cuda":
-        first = torch.compile(lambda q, k, v: flex_attention(q, k, v, return_lse=True)[1], dynamic=False)
+        if hasattr(module, "AuxRequest"):  # from PyTorch 2.9 on
+            asked, log_sum = {"return_aux": module.AuxRequest(lse=True)}, lambda answer: answer[1].lse
+        else:
+            asked, log_sum = {"return_lse": True}, lambda answer: answer[1]
+        first = torch.compile(lambda q, k, v: log_sum(flex_attention(q, k, v, **asked)), dynamic=False)  # type: ignore[arg-type]
     else:
 
         def first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
