@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from research.nulls import sparsity_against_nulls
 from research.study.maps import CHUNK, MODEL_MAPS, attention_views, baseline_maps, model_maps
 from research.study.studies import Study
 from research.training import SPARSITY
@@ -27,7 +28,6 @@ from svit_utils.referee import (
     faithfulness_scores,
     localisation_scores,
     max_sensitivity,
-    sparsity_against_nulls,
     weight_randomisation,
 )
 

@@ -22,6 +22,8 @@ from research.study.studies import Study
 from svit_utils.records import verdict
 from svit_utils.referee import compare, holm, student_interval
 
+# The comparisons of the analysis plan (results/study/PLAN.md). They stay as they are: a score added here would change
+# what was decided before the runs, and the corrected p-values with it.
 LOCALISATION_SCORES = ("pointing_game", "energy_in_mask", "iou_at_mask_area", "average_precision")
 FAITHFULNESS_SCORES = ("deletion", "insertion", "road", "infidelity", "max_sensitivity")
 ALPHA = 0.05
@@ -131,7 +133,7 @@ def contrast_table(study: Study) -> pd.DataFrame:
         try:
             a = np.stack([recorded.scores(kind, rho, seed, part, name, metric) for seed in seeds])
             b = np.stack([recorded.scores(other, rho, seed, part, shown, metric) for seed in seeds])
-        except KeyError:  # a part of a study that has no such map
+        except KeyError:  # this study has not scored such a map, or not with this score
             continue
         result = compare(a, b, resamples=study.resamples)
         rows.append(

@@ -7,7 +7,7 @@ from .faithfulness import faithfulness_scores
 from .infidelity import infidelity
 from .localisation import average_precision, energy_in_mask, iou_at_mask_area, localisation_scores, pointing_game
 from .max_sensitivity import max_sensitivity
-from .nulls import sparsity_against_nulls, sparsity_floor
+from .nulls import sparsity_floor
 from .randomisation import RandomisationCheck, weight_randomisation
 from .road import road
 from .sparseness import sparseness
@@ -19,5 +19,5 @@ __all__ += ["centre_maps", "edge_maps", "random_maps", "uniform_maps"]
 __all__ += ["curve_area", "deletion_curve", "faithfulness_scores", "infidelity", "insertion_curve", "max_sensitivity"]
 __all__ += ["average_precision", "energy_in_mask", "iou_at_mask_area", "localisation_scores", "pointing_game"]
 __all__ += ["road", "sparseness", "weight_randomisation"]
-__all__ += ["sparsity_against_nulls", "sparsity_floor"]
+__all__ += ["sparsity_floor"]
 __all__ += ["compare", "holm", "mean_interval", "paired_bootstrap", "student_interval"]

@@ -1,7 +1,7 @@
-"""Does a map say what the model used? Scores without labels or masks, a file for each: change the image, and watch.
+"""Does a map say what the model used? Scores that need neither labels nor masks, a file for each.
 
-Deletion and insertion (`curves`), `road` and `infidelity` ask the model about pictures unlike those it was trained on:
-compare maps under one score, on the same model and images, and with `random_maps`; a score alone says little.
+Deletion and insertion (`curves`), `road` and `infidelity` change the image and ask the model again, about pictures
+unlike those it was trained on: compare maps under one score, on the same model and images, and with `random_maps`.
 `max_sensitivity` and `sparseness` describe the map and are no evidence that it is right. All are float64 on the CPU,
 one per image, and do not depend on `batch_size`. The model runs in evaluation mode; its flags, its gradients and the
 global random generator come back as they were.
@@ -24,10 +24,10 @@ from svit_utils.referee.sparseness import sparseness
 def faithfulness_scores(
     model: nn.Module, x: Tensor, maps: Tensor, targets: Targets = None, *, seed: int = 0, batch_size: int = 64
 ) -> dict[str, Tensor]:
-    """All scores that need only a map, with default settings: name -> [B]; about 60 forward passes per image.
+    """The scores of finished maps, with default settings: name -> [B]; about 60 forward passes per image.
 
     `deletion` (lower is better), `insertion` (higher), `road` (higher), `infidelity` (lower), and `sparseness`, which
-    is no measure of quality.
+    is no measure of quality. `max_sensitivity` is not among them: it has to compute the map again.
     """
     check_maps(maps, x)
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""Does a map lie on the object? Four scores [B] of maps [B, H, W] against masks bool [B, H, W], True on the object.
+"""Does a map lie on the object? Scores [B] of maps [B, H, W] against masks bool [B, H, W], True on the object.
 
 Each is 1 for the mask itself. Three are 0 for its complement, which average precision, looking at order alone, scores
 like a blank map. A blank map gets what chance gives: the object's share a of the image (a / (2 - a) in IoU). No score
@@ -88,6 +88,6 @@ def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def localisation_scores(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """All four scores, each [B]: `pointing_game`, `energy_in_mask`, `iou_at_mask_area`, `average_precision`."""
+    """All scores of this file, each [B]: `pointing_game`, `energy_in_mask`, `iou_at_mask_area`, `average_precision`."""
     scores = (pointing_game, energy_in_mask, iou_at_mask_area, average_precision)
     return {score.__name__: score(maps, masks) for score in scores}

@@ -11,17 +11,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from research.nulls import matched_gaussian, row_statistics, sparsity_against_nulls
 from svit_utils import TokenSparsityTracker, sparsified, sparsify
 from svit_utils.explain import attention_maps
 from svit_utils.models import load_embedded
-from svit_utils.referee.nulls import (
-    matched_gaussian,
-    permute_coordinates,
-    queries_and_keys,
-    row_statistics,
-    sparsity_against_nulls,
-    sparsity_floor,
-)
+from svit_utils.referee.nulls import permute_coordinates, queries_and_keys, sparsity_floor
 
 MEASURES = ["cut_sparsity", "kept_mass", "effective_support", "empty_rate"]
 SOURCES = {"observed", "permuted_keys", "other_image", "gaussian"}
