@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svit_utils.data.errors import DamagedDataError, DataNotFoundError
+from svit_utils.data.errors import DataNotFoundError
+from svit_utils.data.pictures import ClassFolders, class_folders
 from svit_utils.data.transforms import Normalisation, PictureSet, check_options, photograph_transform
 
 # The names that a split's folder may have.
@@ -54,17 +55,12 @@ def image_folder(
         transform = photograph_transform(img_size, augment, normalise, crop_pct)
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise DataNotFoundError(f"no such folder: {base}")
+        fault = (
+            f"{base} is a file, and a folder of pictures is expected" if base.exists() else f"no such folder: {base}"
+        )
+        raise DataNotFoundError(fault)
     folder = _split_folder(base, split)
-
-    from torchvision.datasets import ImageFolder
-
-    try:
-        source = ImageFolder(str(folder), transform=transform, loader=_read)
-    except FileNotFoundError as error:
-        expected = f"expected one folder for each class with pictures in it ({folder}/<class>/<picture>.jpg)"
-        raise DataNotFoundError(f"no pictures to load in {folder}: {expected}. {error}") from error
-    return PictureSet(source, normalise)
+    return PictureSet(ClassFolders(folder, transform), normalise)
 
 
 def _split_folder(base: Path, split: str | None) -> Path:
@@ -89,21 +85,10 @@ def _split_folder(base: Path, split: str | None) -> Path:
     if split != "train" and "train" in present:
         # The labels are places in the list of folders, so two different lists would give one class two labels.
         folders = (present[split], present["train"])
-        here, there = ({entry.name for entry in folder.iterdir() if entry.is_dir()} for folder in folders)
+        here, there = (set(class_folders(folder)) for folder in folders)
         if here != there:
             raise ValueError(
                 f"the classes of {folders[0]} and {folders[1]} differ, so their labels would not agree: "
                 f"{sorted(here ^ there)[:5]} in one only"
             )
     return present[split]
-
-
-def _read(path: str) -> Any:
-    """The picture in RGB; DamagedDataError if it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DamagedDataError(f"cannot read the picture {path}: {error}") from error
