@@ -9,7 +9,7 @@ from typing import Any
 
 from svit_utils.data.errors import DataNotFoundError
 from svit_utils.data.pictures import ClassFolders, class_folders
-from svit_utils.data.transforms import Normalisation, PictureSet, check_options, photograph_transform
+from svit_utils.data.transforms import Normalisation, PictureSet, Preprocessing, check_options, preprocessing
 
 # The names that a split's folder may have.
 SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -28,6 +28,7 @@ def image_folder(
     transform: Callable[[Any], Any] | None = None,
     normalise: Normalisation = "imagenet",
     crop_pct: float = 0.875,
+    prepare: Preprocessing | None = None,
 ) -> PictureSet:
     """A data set of (float32 [3, img_size, img_size], label) from ``root/<class>/<picture>``.
 
@@ -40,6 +41,7 @@ def image_folder(
         transform: applied to the PIL image in place of all that.
         normalise: "imagenet", "cifar10", "half", "none", or (mean, std).
         crop_pct: in (0, 1].
+        prepare: a model's `preprocessing`, in place of ``img_size``, ``normalise`` and ``crop_pct``.
 
     Raises:
         ValueError: for an unknown option, a split that is needed and not given, or classes that differ between splits.
@@ -48,11 +50,10 @@ def image_folder(
     """
     if split is not None and split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {list(SPLIT_FOLDERS)} or None, got {split!r}")
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     normalise = check_options(transform, img_size, augment, normalise)
+    prepare = prepare or preprocessing(img_size=img_size, normalise=normalise, crop_pct=crop_pct)
     if transform is None:
-        transform = photograph_transform(img_size, augment, normalise, crop_pct)
+        transform, normalise = prepare.transform(augment), (prepare.mean, prepare.std)
     base = Path(root).expanduser()
     if not base.is_dir():
         fault = (

@@ -38,7 +38,7 @@ def read_picture(path: str | os.PathLike[str]) -> Any:
     try:
         with Image.open(path, formats=FORMATS) as picture:
             picture.load()
-            upright = picture
+            upright: Image.Image = picture
             with suppress(Exception):  # a picture with a damaged EXIF block has no orientation
                 upright = ImageOps.exif_transpose(picture)
             return _rgb(upright)
