@@ -61,6 +61,9 @@ def create_model(
             return _pretrained(name, num_classes, kwargs)
         return build(name, **_given(num_classes), **kwargs)
     except (TypeError, AssertionError, RuntimeError) as error:  # timm's models refuse each in their own way
+        if "'img_size'" in str(error) and not pretrained_config(name).get("fixed_input_size", True):
+            del kwargs["img_size"]  # a convolutional network takes any size
+            return create_model(name, num_classes, None, pretrained, **kwargs)
         raise ValueError(f"timm cannot build {name} with {kwargs}: {error or type(error).__name__}") from error
 
 
