@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from svit_utils import __version__
 from svit_utils.cli.options import add_threads_argument, set_threads
 
 # The commands import what they need themselves: `--help` need not wait for torch.
@@ -57,6 +58,7 @@ def write_plan(options: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
+    whole.add_argument("--version", action="version", version=f"research, with svit_utils {__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, work: object) -> argparse.ArgumentParser:

@@ -22,7 +22,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        usual = partial.stat().st_mode  # as the umask says; safetensors makes its files readable for the owner only
         yield partial
+        partial.chmod(usual)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

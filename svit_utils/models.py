@@ -1,4 +1,4 @@
-"""Models by name, and trained models as files that bring their attention, classes and normalisation back with them."""
+"""Trained models as files that bring their attention, classes and normalisation back with them."""
 
 from __future__ import annotations
 
@@ -19,85 +19,18 @@ from torch import nn
 
 from svit_utils.attention import LearnableThreshold, sparsify
 from svit_utils.attention.surgery import describe_sparsity, restore_sparsity
+from svit_utils.building import SMALL_VIT, build, create_model, pretrained_config, resize
 from svit_utils.files import replacing
-from svit_utils.paths import checkpoints_dir, weights_dir
-from svit_utils.weights import WeightsError, load_weights, read_state, save_weights, state_difference
+from svit_utils.paths import checkpoints_dir
+from svit_utils.weights import WeightsError, load_weights, read_state, save_weights, state_difference, unwrap
 
-__all__ = ["SMALL_VIT", "WeightsError", "create_model", "load_embedded", "load_trained", "load_weights", "read_card"]
-__all__ += ["resize", "save_trained", "save_weights"]
+__all__ = ["SMALL_VIT", "WeightsError", "create_model", "load_embedded", "load_trained", "load_weights"]
+__all__ += ["pretrained_config", "read_card", "resize", "save_trained", "save_weights"]
 
-SMALL_VIT = "small_vit"
 FORMAT = 1  # of the cards; to be raised when a card is written that the `load_trained` of today could not read
 _WEIGHTS, _CONFIG, _OURS = "model.safetensors", "config.json", "svit_utils"  # the last: our part of timm's config
 _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # as in timm's pretrained_cfg
 _FROM_MODEL = ("architecture", "model_args", "num_classes", "attention")  # in a card, but nobody has to give them
-
-
-def create_model(
-    name: str, num_classes: int = 10, img_size: int | None = None, pretrained: bool = False, **kwargs: Any
-) -> nn.Module:
-    """Build a dense model.
-
-    Args:
-        name: ``"small_vit"`` (56 px, patch 4: 14 x 14 tokens and a class token, N = 197 as in ViT-Base/16 at 224 px;
-            width 96, depth 4, 3 heads) or a timm name.
-        num_classes: number of outputs; a pretrained head of another size is replaced by a new one.
-        img_size: pixels along a side, if not the model's own size.
-        pretrained: load ``$SVIT_WEIGHTS_DIR/<name>.safetensors`` if it exists, else let timm download weights.
-        **kwargs: passed to timm.
-
-    Raises:
-        WeightsError: pretrained weights neither found nor downloadable, damaged, or of another model.
-        ValueError: unknown name, or an img_size that the model cannot take.
-    """
-    if img_size is not None:
-        kwargs["img_size"] = img_size
-    if name == SMALL_VIT:
-        if pretrained:
-            raise ValueError(f"{SMALL_VIT} has no pretrained weights; use load_embedded for the shipped checkpoints")
-        size = kwargs.setdefault("img_size", 56)
-        if size < 4 or size % 4:
-            raise ValueError(
-                f"{SMALL_VIT} cuts images into patches of 4 pixels: img_size must be a multiple of 4, got {size}"
-            )
-        about = {"input_size": (3, size, size), "fixed_input_size": True, "num_classes": num_classes, "crop_pct": 1.0}
-        about |= {"first_conv": "patch_embed.proj", "classifier": "head"}
-        shape = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
-        return _build("vit_tiny_patch16_224", pretrained_cfg=about, num_classes=num_classes, **{**shape, **kwargs})
-    if not timm.is_model(name):
-        raise ValueError(f"unknown model {name!r}: use {SMALL_VIT!r} or a timm name (timm.list_models() lists them)")
-    if not pretrained:
-        return _build(name, num_classes=num_classes, **kwargs)
-    folder = weights_dir()
-    local = None if folder is None else folder / f"{name}.safetensors"
-    if local is not None and local.is_file():
-        size = kwargs.pop("img_size", None)
-        model = _build(name, **kwargs)
-        load_weights(model, local)
-        if size is not None:
-            resize(model, size)
-        if num_classes != model.num_classes:
-            model.reset_classifier(num_classes)  # type: ignore[operator]
-        return model
-    try:
-        return _build(name, pretrained=True, num_classes=num_classes, **kwargs)
-    except Exception as error:  # timm passes on whatever its hub client raises
-        raise WeightsError(
-            f"no pretrained weights for {name}: not found in SVIT_WEIGHTS_DIR ({folder or 'not set'}), and the "
-            f"download failed ({type(error).__name__}). Put {name}.safetensors, with timm's key names, into a folder "
-            "and set SVIT_WEIGHTS_DIR to it."
-        ) from error
-
-
-def resize(model: nn.Module, img_size: int) -> None:
-    """Change the model's image size in place; timm resamples the position embeddings.
-
-    Raises:
-        ValueError: a model that takes one image size only.
-    """
-    if not hasattr(model, "set_input_size"):
-        raise ValueError(f"{type(model).__name__} takes its weights' own image size only; leave img_size out")
-    model.set_input_size(img_size=img_size)  # type: ignore[operator]
 
 
 def load_embedded(name: str) -> nn.Module:
@@ -149,8 +82,7 @@ def save_trained(
         ValueError: the timm name is unknown, timm would build another model, or a value cannot be written as JSON.
     """
     path = Path(path)
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
+    model = unwrap(model)
     config, learned = _describe(model, dict(card or {}), architecture, dict(model_args or {}))
     if path.suffix == ".safetensors" and not path.is_dir():
         return save_weights(model, path, {"format": "pt", "card": json.dumps(config)})
@@ -192,7 +124,7 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
     try:
         about = config["pretrained_cfg"] | {k: config[k] for k in ("num_classes", "label_names") if k in config}
         with torch.random.fork_rng(devices=[]):  # the new model's random weights leave no trace in the caller's numbers
-            model = _build(config["architecture"], pretrained_cfg=about, **config["model_args"])
+            model = build(config["architecture"], pretrained_cfg=about, **config["model_args"])
         restore_sparsity(model, config[_OURS]["attention"])
         learned = {name: torch.tensor(v, dtype=torch.float32) for name, v in config[_OURS].get("learned", {}).items()}
         card = _card(config)
@@ -218,14 +150,6 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     config = _read_config(Path(path))
     return _card(config) if _OURS in config else config
-
-
-def _build(name: str, **arguments: Any) -> nn.Module:
-    """`timm.create_model`; older versions do not keep the arguments on the model, which `save_trained` needs."""
-    model = timm.create_model(name, **arguments)
-    if not hasattr(model, "_model_args"):
-        model._model_args = {k: v for k, v in arguments.items() if k not in ("pretrained", "pretrained_cfg")}
-    return model
 
 
 def _arguments(model: nn.Module) -> dict[str, Any]:
@@ -261,7 +185,7 @@ def _describe(
     kept = _as_json({k: v for k, v in card.items() if k not in (*_INPUT, *_FROM_MODEL, "label_names")}, "card")
     ours = {"format": FORMAT, "timm": timm.__version__, "attention": describe_sparsity(model), "card": kept}
     with torch.device("meta"):  # shapes without numbers
-        twin = _build(architecture, pretrained_cfg=about, **arguments)
+        twin = build(architecture, pretrained_cfg=about, **arguments)
     dense = twin.state_dict().keys()
     restore_sparsity(twin, ours["attention"])
     if difference := state_difference(twin.state_dict(), model.state_dict()) or _other_module(model, twin):

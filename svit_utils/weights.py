@@ -17,14 +17,30 @@ class WeightsError(ValueError):
     """Weights that are missing, damaged, or of another model; the message says which and what to do."""
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``torch.compile`` and DistributedDataParallel; any other model as it is."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their names in the unwrapped model, of which parts may have been compiled, too."""
+    found = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while found and all(name.startswith("module.") for name in found):
+        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return found
+
+
 def save_weights(
     model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write a model's state_dict, or named tensors, to a safetensors file; an old one is replaced whole or not at all.
 
-    Only tensors are saved. To keep a sparse model's thresholds, use `svit_utils.models.save_trained`.
+    Only tensors are saved, under the names of the unwrapped model. To keep a sparse model's thresholds, use
+    `svit_utils.models.save_trained`.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = _plain(unwrap(model).state_dict() if isinstance(model, nn.Module) else model)
     with replacing(path) as partial:  # cloned, since safetensors refuses tensors that share memory
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, partial, dict(metadata or {}))
     return Path(path)
@@ -33,22 +49,25 @@ def save_weights(
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a safetensors file strictly into ``model``, in the model's own dtype.
 
+    The model, and the one that was saved, may be wrapped by ``torch.compile`` or DistributedDataParallel.
+
     Raises:
         WeightsError: missing or damaged file, or one of another model; the message names the first difference.
     """
-    state = read_state(path)
-    if difference := state_difference(model.state_dict(), state):
+    state, model = read_state(path), unwrap(model)
+    names = {name.replace("_orig_mod.", ""): name for name in model.state_dict()}
+    if difference := state_difference(_plain(model.state_dict()), state):
         raise WeightsError(f"{Path(path).name} holds another model than {type(model).__name__}: tensors {difference}")
-    model.load_state_dict(state)
+    model.load_state_dict({names[name]: tensor for name, tensor in state.items()})
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; raises as `load_weights`."""
+    """The tensors of a safetensors file by their names in the unwrapped model; raises as `load_weights`."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no weights at {path}")
     try:
-        return load_file(path)
+        return _plain(load_file(path))
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path.name} is damaged ({error}); fetch or train it again") from error
 

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_threshold_arguments(
         parser.add_argument_group("the cut (default: as the checkpoint was trained, else none)")
     )
+    shared.add_picture_arguments(parser.add_argument_group("the pictures of a folder"))
     how = parser.add_argument_group("how")
     how.add_argument("--split", choices=("val", "test"), default="test", help="which images (default: %(default)s)")
     how.add_argument("--limit", type=int, metavar="N", help="only the first N images")
@@ -43,19 +44,12 @@ def _run(options: argparse.Namespace) -> None:
     import torch
 
     from svit_utils.attention import TokenSparsityTracker
-    from svit_utils.training import build_data, build_model, evaluate
+    from svit_utils.training import evaluate
 
+    if options.batch_size < 1 or options.tracked < 0:
+        raise ValueError("--batch-size must be at least 1 and --tracked at least 0")
     shared.set_threads(options)
-    profile = shared.chosen_profile(options)
-    trained = shared.open_trained(profile.start, options)
-    if trained is None:
-        data = build_data(profile)
-        classes = len(getattr(data.train, "classes", range(10)))
-        model = build_model(profile, sparse=options.threshold is not None, num_classes=classes)
-    else:
-        model, card = trained
-        profile = _as_trained(profile, card, options)
-        data = build_data(profile)
+    profile, model, data = _opened(options)
     images = data.val if options.split == "val" else data.test
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     result = evaluate(
@@ -83,8 +77,31 @@ def _run(options: argparse.Namespace) -> None:
         print(summary)
 
 
+def _opened(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(profile, model, data): the model as it was trained, or as the profile and the options say."""
+    from svit_utils.data import preprocessing
+    from svit_utils.models import pretrained_config
+    from svit_utils.training import build_data, build_model
+
+    profile = shared.chosen_profile(options)
+    trained = shared.open_trained(profile.start, options)
+    asked = shared.picture_options(options)
+    if trained is None:
+        asked |= {"img_size": profile.img_size, "normalise": options.normalise or profile.normalise}
+        data = build_data(profile, preprocessing(pretrained_config(profile.model), **asked))
+        classes = len(getattr(data.train, "classes", range(10)))
+        return profile, build_model(profile, sparse=options.threshold is not None, num_classes=classes), data
+    model, card = trained
+    profile = _as_trained(profile, card, options)
+    data = build_data(profile, preprocessing(model, card, **asked))
+    classes = len(getattr(data.train, "classes", range(10)))
+    if classes != model.num_classes:
+        raise ValueError(f"{profile.start} has {model.num_classes} classes, but {profile.data} has {classes}")
+    return profile, model, data
+
+
 def _as_trained(profile: Any, card: dict[str, Any], options: argparse.Namespace) -> Any:
-    """The profile with the data, model, image size and pixel statistics of the checkpoint, unless an option differs."""
+    """The profile with the data, model and image size of the checkpoint, unless an option differs."""
     from dataclasses import replace
 
     size = card.get("input_size", [card.get("img_size")])[-1]
@@ -92,6 +109,5 @@ def _as_trained(profile: Any, card: dict[str, Any], options: argparse.Namespace)
         "model": card.get("model", card.get("architecture")),
         "data": options.data or card.get("data"),
         "img_size": options.img_size or (size and int(size)),
-        "normalise": (card["mean"], card["std"]) if "mean" in card else None,
     }
     return replace(profile, **{name: value for name, value in changes.items() if value})

@@ -8,22 +8,23 @@ from typing import Any
 
 from svit_utils.cli import options as shared
 
+METHODS = ("attention", "attention_heads", "rollout", "grad_cam", "layer_grad_cam")  # those of `svit_utils.explain`
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command; defaults explain three PlantedShapes test images."""
-    from svit_utils.explain import METHODS
-
     model = parser.add_argument_group("which model")
-    model.add_argument("--checkpoint", help="a shipped checkpoint, or a saved file or folder (default: random weights)")
+    model.add_argument("--checkpoint", help="a shipped checkpoint, or a saved file or folder")
     model.add_argument("--model", help="small_vit or a timm name (default: as the card says, else small_vit)")
-    model.add_argument("--num-classes", type=int, help="classes of the head (default: as the card says, else 10)")
+    model.add_argument("--num-classes", type=int, help="classes of the head (default: as the card or model says)")
     model.add_argument("--img-size", type=int, help="side of the input in pixels (default: as the card or model says)")
-    model.add_argument("--pretrained", action="store_true", help="start from local pretrained weights of --model")
+    start = "start from pretrained weights of --model (default: where there are any, and no --checkpoint)"
+    model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help=start)
     shared.add_threshold_arguments(parser.add_argument_group("the cut (default: as it was trained, else none)"))
     images = parser.add_argument_group("which images")
-    images.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="picture files; else PlantedShapes")
-    statistics = "for files: imagenet, cifar10, half or none (default: as the card says, else imagenet)"
-    images.add_argument("--normalise", help=statistics)
+    files = "picture files (transparent parts become white); else PlantedShapes"
+    images.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=files)
+    shared.add_picture_arguments(images)
     images.add_argument(
         "--indices", nargs="+", type=int, default=[0, 1, 2], help="PlantedShapes images (default: 0 1 2)"
     )
@@ -38,54 +39,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-overlays", action="store_true", help="write no picture per image and method")
 
 
-def _load_model(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """(model, card): as it was trained, or as the options say; the card is empty for weights without one."""
+def _load_model(options: argparse.Namespace) -> tuple[Any, dict[str, Any], str]:
+    """(model, card, description): as it was trained, or as the options say; the card is empty for weights without."""
     from svit_utils import models
 
     if options.dense and options.threshold is not None:
         raise ValueError("--dense does not go with --threshold")
+    if options.checkpoint and options.pretrained:
+        raise ValueError("--pretrained goes with --model, not with --checkpoint")
     trained = shared.open_trained(options.checkpoint, options)
     if trained is not None:
         if options.num_classes not in (None, found := trained[0].num_classes):
             raise ValueError(f"the checkpoint has {found} classes, but --num-classes is {options.num_classes}")
-        return trained
+        return *trained, options.checkpoint
     if options.checkpoint and not options.checkpoint.endswith(".safetensors"):
-        return models.load_embedded(options.checkpoint), {}  # says which there are
-    name, classes = options.model or models.SMALL_VIT, options.num_classes or 10
-    model = models.create_model(name, classes, options.img_size, options.pretrained)
+        return models.load_embedded(options.checkpoint), {}, options.checkpoint  # says which there are
+    name, pretrained = options.model or models.SMALL_VIT, options.pretrained
+    if pretrained is None:
+        pretrained = not options.checkpoint and bool(models.pretrained_config(name).get("has_weights"))
+    model = models.create_model(name, options.num_classes, options.img_size, pretrained)
     if options.checkpoint:
         models.load_weights(model, options.checkpoint)
     shared.change_attention(model, options)
-    return model, {}
+    return model, {}, f"{name}, {options.checkpoint or ('pretrained' if pretrained else 'new: random weights')}"
 
 
-def _load_images(
-    options: argparse.Namespace, side: tuple[int, int], card: dict[str, Any]
-) -> tuple[Any, Any, Any, list[str]]:
+def _load_images(options: argparse.Namespace, prepare: Any) -> tuple[Any, Any, Any, list[str]]:
     """(normalised images, the same in [0, 1], masks or None, a label per image)."""
     import torch
 
     if not options.images:
         from svit_utils.data import PlantedShapes
 
-        data = PlantedShapes(options.split, img_size=side[0])
+        data = PlantedShapes(options.split, img_size=prepare.size[0])
         batch = data.batch(options.indices)
         return batch.images, data.denormalise(batch.images), batch.masks, [data.classes[i] for i in batch.labels]
-    from PIL import Image
-    from torchvision.transforms import functional as TF
+    from svit_utils.data.pictures import read_picture
 
-    from svit_utils.data import normalisation
+    transform = prepare.transform()
+    images = torch.stack([transform(read_picture(path)) for path in options.images])
+    return images, prepare.denormalise(images), None, [path.stem[:16] for path in options.images]
 
-    own = (card["mean"], card["std"]) if "mean" in card else "imagenet"
-    mean, std = normalisation(options.normalise or own)
-    pictures = []
-    for path in options.images:
-        if not path.is_file():
-            raise ValueError(f"no such picture: {path}")
-        with Image.open(path) as picture:
-            pictures.append(TF.to_tensor(picture.convert("RGB").resize(side[::-1], Image.Resampling.BICUBIC)))
-    shown = torch.stack(pictures)
-    return TF.normalize(shown, list(mean), list(std)), shown, None, [path.stem[:16] for path in options.images]
+
+def _class_names(model: Any, card: dict[str, Any]) -> list[str]:
+    """A name per class: the card's, ImageNet's for timm's models with that many classes, else the numbers."""
+    names = card.get("label_names")
+    if names is None and card.get("data") == "planted":
+        from svit_utils.data import PlantedShapes
+
+        names = PlantedShapes("test", 1).classes
+    if names is None and model.num_classes == 1000 == (getattr(model, "pretrained_cfg", None) or {}).get("num_classes"):
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo()
+        names = [info.index_to_description(i).split(",")[0] for i in range(info.num_classes())]
+    return [f"class {i}" for i in range(model.num_classes)] if names is None else list(names)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,22 +104,24 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> None:
     import torch
 
+    from svit_utils.data import preprocessing
     from svit_utils.explain import explain_batch
     from svit_utils.show import explanation_grid, export_maps, figure_png
 
     if options.out.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"--out must end in .safetensors or .npz, got {options.out.name!r}")
-    model, card = _load_model(options)
+    model, card, described = _load_model(options)
     model.eval()
+    if not 0 <= (options.target or 0) < model.num_classes:
+        raise ValueError(f"--target must lie in 0 to {model.num_classes - 1}, got {options.target}")
     threshold, empty_rows = shared.describe_attention(model)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or options.img_size
-    size = size or card.get("input_size", [224])[-1]
-    side = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    images, shown, masks, labels = _load_images(options, side, card)
+    images, shown, masks, labels = _load_images(options, preprocessing(model, card, **shared.picture_options(options)))
     with torch.no_grad():
-        predicted = model(images).argmax(dim=-1).tolist()
+        chances = model(images).float().softmax(dim=-1)
+    predicted = chances.argmax(dim=-1).tolist()
     targets = predicted if options.target is None else [options.target] * len(images)
     maps = explain_batch(model, images, methods=options.methods, targets=targets)
+    names = _class_names(model, card)
     metadata = {
         "checkpoint": options.checkpoint,
         "model": type(model).__name__ if options.model is None else options.model,
@@ -119,12 +129,21 @@ def _run(options: argparse.Namespace) -> None:
         "empty_rows": empty_rows,
         "images": list(map(str, options.images or [])) or {"split": options.split, "indices": options.indices},
         "predicted": predicted,
+        "predicted_names": [names[k] for k in predicted],
+        "probabilities": chances.amax(dim=-1).tolist(),
         "targets": targets,
     }
     written = export_maps(options.out, maps, None if options.no_overlays else shown, metadata)
     grid = {name: value.mean(dim=1) if value.ndim == 4 else value for name, value in maps.items()}
     overview = options.out.with_name(options.out.stem + "_overview.png")
     overview.write_bytes(figure_png(explanation_grid(shown, grid, labels=labels, masks=masks)))
+    print(f"{described}, {model.num_classes} classes")
+    for place, label in enumerate(
+        options.images or [f"{options.split} {i} ({n})" for i, n in zip(options.indices, labels)]
+    ):
+        chance, other = chances[place, targets[place]], targets[place] != predicted[place]
+        explained = f"; explained: {names[targets[place]]} ({chance:.1%})" if other else ""
+        print(f"{label}: {names[predicted[place]]} ({chances[place].max():.1%}){explained}")
     print(f"{shared.as_sentence(threshold)}; {len(maps)} maps of {len(images)} images: {options.out}")
     overlays = f"; {len(written) - 1} overlays: {options.out.with_suffix('')}/" if written[1:] else ""
     print(f"overview: {overview}{overlays}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     sets = "data, model, start, recipe and budget (default: $SVIT_PROFILE, else gpu with CUDA and cpu without)"
     what.add_argument("--profile", choices=("smoke", "cpu", "gpu", "paper"), help=sets)
     what.add_argument("--data", help="planted (generated), cifar10, or a folder with train/, val/ (and test/) inside")
-    what.add_argument("--model", help="small_vit, or a timm name such as deit_tiny_patch16_224")
+    model = "small_vit, or a timm name such as deit_tiny_patch16_224: at its own size, from its pretrained weights"
+    what.add_argument("--model", help=model)
     what.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images")
     starts = "pretrained, scratch, a shipped checkpoint's name, or a .safetensors file"
     what.add_argument("--weights", metavar="START", help=starts)
@@ -27,6 +29,19 @@ def add_threshold_arguments(group: Any) -> None:
     group.add_argument("--dense", action="store_true", help="do not cut at all")
     rules = "what a query gets when no key survives: nothing, its uncut weights, its largest key, or a lower tau"
     group.add_argument("--empty-rows", choices=("zero", "dense", "top1", "cap"), help=rules)
+
+
+def add_picture_arguments(group: Any) -> None:
+    """How picture files are prepared, where it differs from what the model's configuration or card says."""
+    statistics = "pixel statistics: imagenet, cifar10, half or none (default: the model's)"
+    group.add_argument("--normalise", metavar="NAME", help=statistics)
+    group.add_argument("--crop-pct", type=float, metavar="SHARE", help="share of the side that the centre crop keeps")
+    group.add_argument("--interpolation", metavar="NAME", help="bicubic, bilinear, ... (default: the model's)")
+
+
+def picture_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_picture_arguments` that were given, and the image size, as `preprocessing` takes them."""
+    return {name: getattr(options, name) for name in ("img_size", "normalise", "crop_pct", "interpolation")}
 
 
 def add_threads_argument(group: Any) -> None:
@@ -50,13 +65,23 @@ def chosen_profile(options: argparse.Namespace) -> Any:
     """The `Profile` with the options for data, model and threshold put in; ValueError if they do not go together."""
     from dataclasses import replace
 
+    from svit_utils.models import pretrained_config
     from svit_utils.training import get_profile
 
     if options.dense and (options.threshold is not None or getattr(options, "learnable", None)):
         raise ValueError("--dense goes neither with --threshold nor with --learnable")
-    changes = {name: getattr(options, name) for name in ("data", "model", "img_size", "threshold", "empty_rows")}
-    changes["start"] = options.weights
-    return replace(get_profile(options.profile), **{k: v for k, v in changes.items() if v is not None})
+    profile, changes = get_profile(options.profile), {}
+    if options.model not in (None, profile.model):  # that model's own size and start, not those of the profile
+        about = pretrained_config(options.model)
+        if not about:
+            raise ValueError(f"unknown model {options.model!r}: use small_vit or a timm name")
+        changes = {
+            "img_size": about["input_size"][-1],
+            "start": "pretrained" if about.get("has_weights") else "scratch",
+        }
+    names = ("data", "model", "img_size", "threshold", "empty_rows")
+    given = {name: getattr(options, name) for name in names} | {"start": options.weights}
+    return replace(profile, **changes | {k: v for k, v in given.items() if v is not None})
 
 
 def open_trained(name: str | None, options: argparse.Namespace) -> tuple[Any, dict[str, Any]] | None:
@@ -131,10 +156,25 @@ def as_sentence(threshold: float | str | None) -> str:
 
 
 def exit_status(command: Callable[..., None], options: argparse.Namespace, errors: Any = (ValueError, OSError)) -> int:
-    """Run a command: 0, or 2 after one line on standard error for an exception of the classes ``errors``."""
+    """Run a command: 0, or 2 after one line on standard error for an exception of the classes ``errors``.
+
+    What the library warns of (a new head, resampled positions, a mirror that failed) is printed as a line, too.
+    """
+    log, notes = logging.getLogger("svit_utils"), _Notes()
+    log.addHandler(notes)
     try:
         command(options)
     except errors as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        log.removeHandler(notes)
     return 0
+
+
+class _Notes(logging.Handler):
+    """Prints warnings on standard error, as it is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            print(f"note: {record.getMessage()}", file=sys.stderr)

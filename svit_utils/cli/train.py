@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
         "test_images": test.n,
         **provenance(seed=config.seed),
     }
-    save_trained(judged, options.out / "model.safetensors", card | _about_images(data.train, profile.data))
+    save_trained(judged, options.out / "model.safetensors", card | _about_images(data.train, profile))
     text = json.dumps(card | {"val_best": result.best_val_accuracy, "train_loss": result.final_loss}, indent=2)
     (options.out / "run.json").write_text(text + "\n", encoding="utf-8")
     print(f"validation {result.val_accuracy:.2%} (best {result.best_val_accuracy:.2%}), test {test.accuracy:.2%}")
@@ -130,16 +130,22 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _about_images(dataset: Any, data: str) -> dict[str, Any]:
+def _about_images(dataset: Any, profile: Any) -> dict[str, Any]:
     """Class names, pixel statistics and crop of the images that the model was trained on, as timm names them."""
     import torch
 
+    from svit_utils.data import preprocessing
+    from svit_utils.models import pretrained_config
+
+    photographs = profile.data not in ("planted", "cifar10")  # small pictures are resized whole
+    prepare = preprocessing(pretrained_config(profile.model), img_size=profile.img_size)
     mean = dataset.denormalise(torch.zeros(3, 1, 1)).flatten()
     std = dataset.denormalise(torch.ones(3, 1, 1)).flatten() - mean
     return {
         "label_names": list(dataset.classes),
         "mean": [round(value, 6) for value in mean.tolist()],
         "std": [round(value, 6) for value in std.tolist()],
-        "interpolation": "bicubic",
-        "crop_pct": 1.0 if data in ("planted", "cifar10") else 0.875,  # small pictures are resized whole
+        "interpolation": prepare.interpolation if photographs else "bicubic",
+        "crop_pct": prepare.crop_pct if photographs else 1.0,
+        "crop_mode": prepare.crop_mode,
     }

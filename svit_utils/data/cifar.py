@@ -10,10 +10,10 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tarfile
 import tempfile
 import time
-import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from svit_utils.data.download import download as download_file
 from svit_utils.data.errors import DamagedDataError, DataNotFoundError
 from svit_utils.data.transforms import Normalisation, PictureSet, check_options, small_picture_transform
 from svit_utils.paths import data_dir
@@ -39,7 +40,7 @@ MIRRORS_VARIABLE = "SVIT_CIFAR10_MIRRORS"
 FOLDER = "cifar-10-batches-py"
 SPLITS = ("train", "val", "test")
 
-_TIMEOUT_S = 30
+_ARCHIVE_BYTES = 170_498_071
 _PARTIAL = ".cifar10-partial-"
 _STALE_S = 3600  # a running download keeps changing its folder; one unchanged for this many seconds was killed
 # What a network, a server or an archive can do wrong. KeyboardInterrupt is not among them.
@@ -84,6 +85,9 @@ def cifar10(
     if transform is None:
         transform = small_picture_transform(32, img_size, augment, normalise)
     folder = Path(root).expanduser() if root is not None else data_dir()
+    for place in (folder, folder / FOLDER):
+        if place.is_symlink() and not place.exists():
+            raise DataNotFoundError(f"{place} is a link to {os.readlink(place)}, which is not there: mend or remove it")
     if not (folder / FOLDER).exists():
         _obtain(folder, _addresses(mirrors) if download else [], download)
 
@@ -153,7 +157,7 @@ def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_stale(folder)
         for source in sources:
-            with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder, ignore_cleanup_errors=True) as name:
+            with tempfile.TemporaryDirectory(prefix=_owned(), dir=folder, ignore_cleanup_errors=True) as name:
                 try:
                     _fetch(source, Path(name, CIFAR10.filename), CIFAR10.tgz_md5)
                     _unpack(Path(name, CIFAR10.filename), Path(name, FOLDER))
@@ -176,17 +180,9 @@ def _obtain(folder: Path, addresses: Sequence[str], download: bool) -> None:
 def _fetch(source: str, path: Path, md5: str) -> None:
     """Download to ``path``; ValueError unless its MD5 is the given one."""
     from torchvision.datasets.utils import calculate_md5
-    from tqdm.auto import tqdm
 
     log.info("fetching CIFAR-10 from %s", source)
-    request = urllib.request.Request(source, headers={"User-Agent": "svit-utils"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, path.open("wb") as file:
-        total = int(answer.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(file, "write", total=total or None, desc="CIFAR-10", disable=None) as counted:
-            shutil.copyfileobj(answer, counted, 1 << 18)
-    done = path.stat().st_size
-    if total and done != total:
-        raise ValueError(f"ended after {done:,} of {total:,} bytes")
+    done = download_file(source, path, _ARCHIVE_BYTES)
     if (found := calculate_md5(path)) != md5:
         raise ValueError(f"not the archive: {done:,} bytes, MD5 {found}, expected {md5}")
 
@@ -217,8 +213,28 @@ def _move(made: Path, destination: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove the temporary folders that killed processes left behind."""
+    """Remove the temporary folders of processes that were killed: those that no longer run, or that went quiet."""
     for left in folder.glob(_PARTIAL + "*"):
         with suppress(FileNotFoundError):  # another process is at work in there, or has just removed it
-            if time.time() - max(p.stat().st_mtime for p in [left, *left.rglob("*")]) > _STALE_S:
+            quiet = time.time() - max(p.stat().st_mtime for p in [left, *left.rglob("*")]) > _STALE_S
+            if quiet or _is_over(left.name):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _owned() -> str:
+    """Beginning of the name of this process's temporary folders."""
+    return f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}-"
+
+
+def _is_over(name: str) -> bool:
+    """Whether a temporary folder belongs to a process of this machine that no longer runs; False where unknown."""
+    owner, _, number = name.rpartition("-")[0].rpartition("-")
+    if owner != _PARTIAL + socket.gethostname() or not number.isdigit() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(number), 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False

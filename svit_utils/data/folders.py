@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svit_utils.data.errors import DamagedDataError, DataNotFoundError
-from svit_utils.data.transforms import Normalisation, PictureSet, check_options, photograph_transform
+from svit_utils.data.errors import DataNotFoundError
+from svit_utils.data.pictures import ClassFolders, class_folders
+from svit_utils.data.transforms import Normalisation, PictureSet, Preprocessing, check_options, preprocessing
 
 # The names that a split's folder may have.
 SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -25,6 +26,7 @@ def image_folder(
     transform: Callable[[Any], Any] | None = None,
     normalise: Normalisation = "imagenet",
     crop_pct: float = 0.875,
+    prepare: Preprocessing | None = None,
 ) -> PictureSet:
     """A data set of (float32 [3, img_size, img_size], label) from ``root/<class>/<picture>``.
 
@@ -35,6 +37,7 @@ def image_folder(
         augment: random resized crop and flip; else resize and crop the centre, ``crop_pct`` in (0, 1] of the side.
         transform: applied to the PIL image in place of all that.
         normalise: "imagenet", "cifar10", "half", "none", or (mean, std).
+        prepare: a model's `preprocessing`, in place of ``img_size``, ``normalise`` and ``crop_pct``.
 
     Raises:
         ValueError: for an unknown option, a split that is needed and not given, or classes that differ between splits.
@@ -43,24 +46,18 @@ def image_folder(
     """
     if split is not None and split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {list(SPLIT_FOLDERS)} or None, got {split!r}")
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     normalise = check_options(transform, img_size, augment, normalise)
+    prepare = prepare or preprocessing(img_size=img_size, normalise=normalise, crop_pct=crop_pct)
     if transform is None:
-        transform = photograph_transform(img_size, augment, normalise, crop_pct)
+        transform, normalise = prepare.transform(augment), (prepare.mean, prepare.std)
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise DataNotFoundError(f"no such folder: {base}")
+        fault = (
+            f"{base} is a file, and a folder of pictures is expected" if base.exists() else f"no such folder: {base}"
+        )
+        raise DataNotFoundError(fault)
     folder = _split_folder(base, split)
-
-    from torchvision.datasets import ImageFolder
-
-    try:
-        source = ImageFolder(str(folder), transform=transform, loader=_read)
-    except FileNotFoundError as error:
-        expected = f"expected one folder for each class with pictures in it ({folder}/<class>/<picture>.jpg)"
-        raise DataNotFoundError(f"no pictures to load in {folder}: {expected}. {error}") from error
-    return PictureSet(source, normalise)
+    return PictureSet(ClassFolders(folder, transform), normalise)
 
 
 def _split_folder(base: Path, split: str | None) -> Path:
@@ -85,21 +82,10 @@ def _split_folder(base: Path, split: str | None) -> Path:
     if split != "train" and "train" in present:
         # The labels are places in the list of folders, so two different lists would give one class two labels.
         folders = (present[split], present["train"])
-        here, there = ({entry.name for entry in folder.iterdir() if entry.is_dir()} for folder in folders)
+        here, there = (set(class_folders(folder)) for folder in folders)
         if here != there:
             raise ValueError(
                 f"the classes of {folders[0]} and {folders[1]} differ, so their labels would not agree: "
                 f"{sorted(here ^ there)[:5]} in one only"
             )
     return present[split]
-
-
-def _read(path: str) -> Any:
-    """The picture in RGB; DamagedDataError if it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DamagedDataError(f"cannot read the picture {path}: {error}") from error

@@ -3,7 +3,10 @@
 Every random choice is drawn from torch's generator, so seeding or restoring that generator repeats it.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, 
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # timm's "inception" values: many of its ViTs were trained with these
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")  # as timm knows them
 
 
 def normalisation(choice: Normalisation) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -78,19 +82,90 @@ def small_picture_transform(
     return T.Compose([*steps, T.ToTensor(), T.Normalize(*normalisation(normalise))])
 
 
-def photograph_transform(
-    img_size: int, augment: bool, normalise: Normalisation, crop_pct: float = 0.875
-) -> Callable[[Any], Tensor]:
-    """For photographs of any size: with ``augment`` a random resized crop and a random flip; else resize, then crop
-    the centre, ``crop_pct`` of the side; then normalise."""
-    from torchvision import transforms as T
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to a picture before a model sees it. The fields are those of timm's ``pretrained_cfg``.
 
-    bicubic = T.InterpolationMode.BICUBIC
-    if augment:
-        steps = [T.RandomResizedCrop(img_size, interpolation=bicubic), T.RandomHorizontalFlip()]
-    else:
-        steps = [T.Resize(round(img_size / crop_pct), bicubic), T.CenterCrop(img_size)]
-    return T.Compose([*steps, T.ToTensor(), T.Normalize(*normalisation(normalise))])
+    Attributes:
+        size: (height, width) in pixels.
+        mean, std: per channel, for colours in [0, 1].
+        interpolation: ``"bicubic"``, ``"bilinear"``, ``"nearest"``, ...
+        crop_pct: share of the side that the crop of the centre keeps, in (0, 1].
+        crop_mode: ``"center"``, ``"squash"`` or ``"border"``, as timm knows them.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = NORMALISATIONS["imagenet"][0]
+    std: tuple[float, ...] = NORMALISATIONS["imagenet"][1]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        normalisation((self.mean, self.std))
+        if min(self.size) < 1:
+            raise ValueError(f"img_size must be at least 1 pixel, got {min(self.size)}")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
+        for name, known in {"interpolation": INTERPOLATIONS, "crop_mode": ("center", "squash", "border")}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def transform(self, augment: bool = False) -> Callable[[Any], Tensor]:
+        """PIL picture in RGB -> float32 [3, height, width]: timm's, or with ``augment`` a random crop and flip."""
+        from timm.data import create_transform
+        from timm.data.transforms import str_to_interp_mode
+        from torchvision import transforms as T
+
+        if not augment:
+            return create_transform((3, *self.size), **{k: v for k, v in vars(self).items() if k != "size"})
+        way = str_to_interp_mode(self.interpolation)
+        steps = [T.RandomResizedCrop(self.size, interpolation=way), T.RandomHorizontalFlip(), T.ToTensor()]
+        return T.Compose([*steps, T.Normalize(self.mean, self.std)])
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Back to colours in [0, 1], for display."""
+        mean, std = (torch.tensor(part).view(3, 1, 1) for part in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+
+def preprocessing(
+    model: Any = None,
+    card: Mapping[str, Any] | None = None,
+    *,
+    img_size: int | None = None,
+    normalise: Normalisation | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+) -> Preprocessing:
+    """How ``model`` wants its pictures: the one place where that is decided, for every command.
+
+    A later source replaces an earlier one, value by value: the model's ``pretrained_cfg`` (``model`` may be that
+    mapping itself), the image size that the model was built for, the card of `svit_utils.load_trained`, the arguments.
+    What no source says is timm's default: 224 px, ImageNet's statistics, bicubic, the centre 87.5 %.
+
+    Raises:
+        ValueError: a value that is not possible, or a model of other than three channels.
+    """
+    about = dict(model if isinstance(model, Mapping) else getattr(model, "pretrained_cfg", None) or {})
+    card = dict(card or {})
+    if card.get("data") == "planted":  # what `PlantedShapes` are normalised with; older cards do not say so
+        about |= {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    about |= {k: v for k, v in card.items() if v is not None}
+    channels, *size = about.get("input_size") or (3, 224, 224)
+    size = built or size if img_size is None else img_size
+    if channels != 3:
+        raise ValueError(f"the model takes images of {channels} channels, and pictures are read with three")
+    found = {name: about[name] for name in ("interpolation", "crop_pct", "crop_mode") if about.get(name) is not None}
+    given = {"crop_pct": crop_pct, "interpolation": interpolation}
+    found |= {name: value for name, value in given.items() if value is not None}
+    own = (
+        (about["mean"], about["std"]) if about.get("mean") is not None and about.get("std") is not None else "imagenet"
+    )
+    mean, std = normalisation(own if normalise is None else normalise)
+    height, width = (size, size) if isinstance(size, int) else map(int, size)
+    return Preprocessing((height, width), mean, std, **found)
 
 
 def check_options(transform: object, img_size: int | None, augment: bool, normalise: Normalisation) -> Normalisation:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from svit_utils.attention import LearnableThreshold, sparsify
-from svit_utils.data import PlantedShapes, cifar10, image_folder
-from svit_utils.models import SMALL_VIT, create_model, load_embedded, load_weights
+from svit_utils.data import PlantedShapes, cifar10, image_folder, preprocessing
+from svit_utils.data.transforms import Preprocessing
+from svit_utils.models import SMALL_VIT, create_model, load_embedded, load_weights, pretrained_config
 from svit_utils.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -170,8 +170,10 @@ def get_profile(name: str | None = None) -> Profile:
     return PROFILES[name]
 
 
-def build_data(profile: Profile) -> DataSplits:
-    """The profile's data, normalised as its model expects.
+def build_data(profile: Profile, prepare: Preprocessing | None = None) -> DataSplits:
+    """The profile's data, prepared as ``prepare`` says, by default as its model expects.
+
+    Of CIFAR-10's small pictures nothing is cropped away: they are resized whole.
 
     Raises:
         DataNotFoundError, DamagedDataError: see `svit_utils.data`.
@@ -183,13 +185,13 @@ def build_data(profile: Profile) -> DataSplits:
             PlantedShapes("val", profile.val_images, img_size=size, rho=profile.rho),
             PlantedShapes("test", profile.test_images, img_size=size),
         )
-    own = get_pretrained_cfg(profile.model)  # None for a model that is not timm's
-    normalise: Any = profile.normalise or ("imagenet" if own is None else (own.mean, own.std))
-    source: Any = cifar10 if profile.data == "cifar10" else partial(image_folder, profile.data)
-    train = source("train", img_size=size, augment=profile.augment, normalise=normalise)
-    val = source("val", img_size=size, normalise=normalise)
+    prepare = prepare or preprocessing(pretrained_config(profile.model), img_size=size, normalise=profile.normalise)
+    source: Any = partial(image_folder, profile.data, prepare=prepare)
+    if profile.data == "cifar10":
+        source = partial(cifar10, img_size=prepare.size[0], normalise=(prepare.mean, prepare.std))
+    train, val = source("train", augment=profile.augment), source("val")
     if profile.data == "cifar10" or (Path(profile.data) / "test").is_dir():
-        test = source("test", img_size=size, normalise=normalise)
+        test = source("test")
     else:
         log.warning("%s has no test/ folder: what is reported is on val/, which also chooses", profile.data)
         test = val

@@ -70,7 +70,8 @@ def test_local_weights_at_another_image_size(tmp_path: Path, monkeypatch: pytest
     save_file(source.state_dict(), tmp_path / f"{TINY}.safetensors")
     monkeypatch.setenv("SVIT_WEIGHTS_DIR", str(tmp_path))
     model = create_model(TINY, pretrained=True, img_size=96)
-    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 10)
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 1000), "its own head"
+    assert torch.equal(model.head.weight, source.head.weight)
     assert model.pos_embed.shape[1] == 1 + (96 // 16) ** 2
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
 
