@@ -53,7 +53,8 @@ def remove_partial(folder: Path) -> None:
 def remove_run(folder: Path) -> None:
     """Remove an earlier run's checkpoint and weights, which would otherwise be taken for those of the new one."""
     for name in WRITTEN[:3]:
-        (folder / name).unlink(missing_ok=True)
+        with writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, expected: str) -> dict[str, Any] | None:

@@ -141,6 +141,8 @@ class Session:
             return None
         path = folder / checkpoints.CHECKPOINT
         with checkpoints.refusing(path):
+            if missing := asdict(Progress()).keys() - state["run"].keys():
+                raise ValueError(f"it does not say {min(missing)}")
             Progress(**state["run"]).check(self.config.steps)
             own = {"model": self.model, **({} if self.ema is None else {"ema": self.ema.module})}
             for name, module in own.items():
