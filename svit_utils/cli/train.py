@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +69,37 @@ def run(options: argparse.Namespace) -> int:
     """Train; 0, or 2 after a message where the input is at fault, or 1 where the run failed."""
     import logging
 
-    from svit_utils.training import CheckpointError, NonFiniteLossError
+    from svit_utils.training import CheckpointError, NonFiniteLossError, Stopped
+    from svit_utils.training.checkpoints import checkpoint_step
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
-        return _run(options)
+        with ExitStack() as stack:
+            return _run(options, stack)
     except (ValueError, OSError, CheckpointError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, NonFiniteLossError) else 2
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        step = checkpoint_step(options.out)
+        kept = "there is no checkpoint yet, so the same command starts again"
+        if step is not None and options.resume:
+            kept = f"{options.out} holds a checkpoint of step {step}, from which the same command goes on"
+        print(f"\nstopped; {kept}", file=sys.stderr)
         return 130
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     from dataclasses import asdict, fields, replace
 
+    from svit_utils.files import write_file
     from svit_utils.models import save_trained
     from svit_utils.provenance import provenance
     from svit_utils.training import build_data, build_model, evaluate, train
+    from svit_utils.training.outputs import locked, writing
+    from svit_utils.training.processes import by_main, start
 
     set_threads(options)
     profile = chosen_profile(options)
@@ -98,15 +111,21 @@ def _run(options: argparse.Namespace) -> int:
     changes["tau_warmup_steps"] = 0 if options.dense else options.tau_warmup
     config = replace(profile.config, **{k: v for k, v in changes.items() if v is not None})
     profile = replace(profile, config=config)
-    print(profile if not options.dense else f"{profile} -- dense: nothing is cut")
+    processes = start()
+    by_main(processes, lambda: stack.enter_context(locked(options.out)))  # until all is written
+    if processes.is_main_process:
+        print(profile if not options.dense else f"{profile} -- dense: nothing is cut")
 
-    data = build_data(profile)
+    with processes.local_main_process_first():  # which downloads what is missing
+        data = build_data(profile)
     classes = len(getattr(data.train, "classes", range(10)))
     model = build_model(
         profile, sparse=not options.dense, num_classes=classes, learnable=options.learnable, layers=options.layers
     )
     result = train(model, data.train, data.val, config, out_dir=options.out, resume=options.resume)
     judged = result.ema if result.ema is not None else model
+    if not processes.is_main_process:
+        return 0
     test = evaluate(judged, data.test, batch_size=config.batch_size, precision=config.precision)
 
     card = {
@@ -120,11 +139,12 @@ def _run(options: argparse.Namespace) -> int:
         "val_accuracy": result.val_accuracy,
         "test_accuracy": test.accuracy,
         "test_images": test.n,
-        **provenance(seed=config.seed),
+        **provenance(seed=config.seed, processes=processes.num_processes),
     }
-    save_trained(judged, options.out / "model.safetensors", card | _about_images(data.train, profile))
+    with writing(options.out / "model.safetensors"):
+        save_trained(judged, options.out / "model.safetensors", card | _about_images(data.train, profile))
     text = json.dumps(card | {"val_best": result.best_val_accuracy, "train_loss": result.final_loss}, indent=2)
-    (options.out / "run.json").write_text(text + "\n", encoding="utf-8")
+    write_file(options.out / "run.json", text + "\n")
     print(f"validation {result.val_accuracy:.2%} (best {result.best_val_accuracy:.2%}), test {test.accuracy:.2%}")
     print(f"weights, curves and provenance are in {options.out}: model.safetensors, metrics.csv, run.json")
     return 0

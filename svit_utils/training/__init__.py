@@ -4,9 +4,11 @@ from svit_utils.training.checkpoints import CheckpointError
 from svit_utils.training.config import TrainConfig
 from svit_utils.training.evaluation import Evaluation, evaluate
 from svit_utils.training.loop import TrainResult, load_best, train
+from svit_utils.training.outputs import OutputError
 from svit_utils.training.profiles import PROFILES, DataSplits, Profile, build_data, build_model, get_profile
 from svit_utils.training.schedules import lr_factor, tau_factor
-from svit_utils.training.session import NonFiniteLossError, OutputError
+from svit_utils.training.session import NonFiniteLossError
+from svit_utils.training.stops import Stopped
 
 __all__ = [
     "PROFILES",
@@ -16,6 +18,7 @@ __all__ = [
     "NonFiniteLossError",
     "OutputError",
     "Profile",
+    "Stopped",
     "TrainConfig",
     "TrainResult",
     "build_data",

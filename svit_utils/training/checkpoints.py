@@ -7,14 +7,13 @@ random generators of every process, and the step, from which data order, learnin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import zipfile
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -22,14 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from svit_utils.attention import Normaliser, sparse_modules
-from svit_utils.attention.normalisers import ThresholdedSoftmax
 from svit_utils.files import replacing
-from svit_utils.training.config import TrainConfig
+from svit_utils.training.fingerprint import difference
+from svit_utils.training.outputs import writing
 
 CHECKPOINT = "checkpoint.pt"
-# What torch.load raises, depending on where the damage is.
-DAMAGED = (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, UnpicklingError, BadZipFile)
+WRITTEN = (CHECKPOINT, "best.safetensors", "last.safetensors", "metrics.csv")
 
 
 class CheckpointError(RuntimeError):
@@ -37,56 +34,27 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path) -> None:
-    """Replace the checkpoint in ``folder`` by ``state``, whole or not at all."""
-    with replacing(folder / CHECKPOINT) as partial, open(partial, "wb") as file:
+    """Replace the checkpoint in ``folder`` by ``state``, whole or not at all; `OutputError` where the disk is full."""
+    path = folder / CHECKPOINT
+    kept = " The checkpoint before it is kept." if path.exists() else ""
+    with writing(path, kept), replacing(path) as partial, open(partial, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote a checkpoint has left."""
-    for partial in folder.glob(f".{CHECKPOINT}.*.partial"):
-        partial.unlink(missing_ok=True)
+    """Remove what a process that was killed while it wrote has left; only for who holds the folder's lock."""
+    for name in WRITTEN:
+        for partial in folder.glob(f".{name}.*.partial"):
+            partial.unlink(missing_ok=True)
 
 
 def remove_run(folder: Path) -> None:
     """Remove an earlier run's checkpoint and weights, which would otherwise be taken for those of the new one."""
-    for name in (CHECKPOINT, "best.safetensors", "last.safetensors"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def fingerprint(model: nn.Module, config: TrainConfig, images: int, processes: int) -> str:
-    """What must be the same for a checkpoint to fit, as JSON: model, thresholds, starting weights, recipe, data size.
-
-    Args:
-        model: as it starts, before the first step.
-        config: its recipe; what does not change the result (how often to log, say) is left out.
-        images: in the training set.
-        processes: that share each step.
-    """
-    recipe = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "log_every", "num_workers")}
-    shapes = "".join(f"{name}{tuple(p.shape)}" for name, p in model.state_dict().items())
-    sparse = {name: _attention(module.normaliser) for name, module in sparse_modules(model).items()}
-    digest = hashlib.sha256((shapes + json.dumps(sparse)).encode()).hexdigest()[:12]
-    start = hashlib.sha256()
-    for value in model.state_dict().values():
-        start.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    content = {
-        "model": f"{type(model).__name__}-{digest}",
-        "start": f"weights-{start.hexdigest()[:12]}",
-        "images": images,
-        "processes": processes,
-        **recipe,
-    }
-    return json.dumps(content, sort_keys=True)
-
-
-def _attention(normaliser: Normaliser) -> str:
-    """Which attention a module has; of the thresholded softmax only its settings, as in the oldest checkpoints."""
-    if isinstance(normaliser, ThresholdedSoftmax):
-        return f"{normaliser.empty_rows} {normaliser.threshold.extra_repr()}"
-    return repr(normaliser)
+    for name in WRITTEN[:3]:
+        with writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, expected: str) -> dict[str, Any] | None:
@@ -98,20 +66,43 @@ def load_checkpoint(folder: Path, expected: str) -> dict[str, Any] | None:
     path = folder / CHECKPOINT
     if not path.exists():
         return None
-    try:
+    if not path.is_file():  # to open a named pipe would wait for ever
+        raise CheckpointError(f"{path} is not a file: remove it, or choose another out_dir")
+    with refusing(path):
         _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        recorded = state["fingerprint"]
-    except DAMAGED as error:
+        _check_content(state)
+        differs = difference(state["fingerprint"], expected)
+    if differs:
         raise CheckpointError(
-            f"the checkpoint {path} is damaged ({type(error).__name__}); delete it to start again, or pass resume=False"
-        ) from error
-    if difference := _difference(recorded, expected):
-        raise CheckpointError(
-            f"the checkpoint {path} belongs to another run: {difference}. Choose another "
+            f"the checkpoint {path} belongs to another run: {differs}. Choose another "
             "out_dir, or pass resume=False to start again"
         )
     return state
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or malformed checkpoint leads to into `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load and what it unpickles may raise anything
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged ({type(error).__name__}: {reason}); delete it to start again, or pass "
+            "resume=False"
+        ) from error
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step of the checkpoint in ``folder``; None where there is none that can be read."""
+    try:
+        state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["run"]["step"])
+    except Exception:  # see `refusing`
+        return None
 
 
 def _check_sums(path: Path) -> None:
@@ -121,14 +112,43 @@ def _check_sums(path: Path) -> None:
             raise BadZipFile(f"wrong checksum of {damaged}")
 
 
-def _difference(recorded: str, expected: str) -> str:
-    """Which recorded entries differ between two fingerprints, as a sentence; empty when none does."""
-    old, new = json.loads(recorded), json.loads(expected)
-    return ", ".join(
-        f"{name} was {old[name]} and is {new.get(name, 'absent')}"
-        for name in sorted(old)
-        if name not in new or old[name] != new[name]
-    )
+def _check_content(state: Any) -> None:
+    """Raise ValueError or TypeError unless the parts are there and of the right kinds."""
+    kinds: dict[str, Any] = {
+        "fingerprint": str,
+        "model": dict,
+        "optimiser": dict,
+        "ema": (dict, type(None)),
+        "run": dict,
+    }
+    kinds |= {"ema": (dict, type(None)), "random": (list, tuple), "sample": (dict, type(None))}
+    if not isinstance(state, dict):
+        raise TypeError(f"it holds a {type(state).__name__}")
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            if name == "sample" and name not in state:
+                continue  # an older one, of which the fingerprint will say more
+            raise TypeError(f"its {name!r} is {'missing' if name not in state else type(state[name]).__name__}")
+    if not isinstance(json.loads(state["fingerprint"]), dict):
+        raise TypeError("its fingerprint is not one")
+    for name in ("model", "ema"):
+        for key, value in (state[name] or {}).items():
+            if not isinstance(value, torch.Tensor) or (value.is_floating_point() and not bool(value.isfinite().all())):
+                raise ValueError(f"{key} of its {name} is not a finite tensor")
+
+
+def check_optimiser(saved: dict[str, Any], own: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    """Raise ValueError unless the optimiser's state fits; what torch does not check itself is the tensors' shapes."""
+    groups = [[list(group["params"]) for group in state["param_groups"]] for state in (saved, own)]
+    if groups[0] != groups[1] or not isinstance(saved["state"], dict):
+        raise ValueError("its optimiser has other parameters")
+    for index, values in saved["state"].items():
+        if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"its optimiser keeps {sorted(map(str, values))} of parameter {index}")
+        for name, value in values.items():
+            shape = () if name == "step" else tuple(parameters[index].shape)
+            if tuple(value.shape) != shape or not bool(value.isfinite().all()):
+                raise ValueError(f"{name} of its optimiser does not fit parameter {index}")
 
 
 def random_state() -> dict[str, Any]:

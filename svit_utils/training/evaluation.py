@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from svit_utils.attention import TokenSparsityTracker, sparse_modules
+from svit_utils.training.stops import ignore_signals
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ def evaluate(
     num_workers: int = 0,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate ``model`` in eval mode on its own device; its mode is put back afterwards.
+    """Evaluate ``model`` in eval mode on its own device; each module's mode is put back afterwards.
 
     Args:
         model: images [B, 3, H, W] to logits [B, classes].
@@ -68,16 +72,47 @@ def evaluate(
     n = len(dataset) if limit is None else min(limit, len(dataset))  # type: ignore[arg-type]
     if n == 0:
         raise ValueError("the data set to evaluate on is empty")
+    part = dataset if limit is None else Subset(dataset, range(n))
+    loss, predicted, truth = _answers(model, part, batch_size, precision, num_workers, progress)
+    correct = (predicted == truth).numpy()
+    return Evaluation(float(correct.mean()), loss / n, correct, predicted.numpy())
+
+
+def evaluate_together(
+    accelerator: Accelerator, model: nn.Module, dataset: Dataset, batch_size: int, precision: str, num_workers: int
+) -> Evaluation:
+    """`evaluate` by all processes of a run, each image in one of them; the same answer in all."""
+    processes, n = accelerator.num_processes, len(dataset)  # type: ignore[arg-type]
+    if processes == 1 or n == 0:
+        return evaluate(model, dataset, batch_size=batch_size, precision=precision, num_workers=num_workers)
+    own = range(accelerator.process_index, n, processes)
+    loss, predicted, truth = 0.0, torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    if len(own):
+        loss, predicted, truth = _answers(model, Subset(dataset, own), batch_size, precision, num_workers, False)
+    found = gather_object([(loss, predicted, truth)])
+    merged = torch.empty(2, n, dtype=torch.long)
+    for rank, (_, *answers) in enumerate(found):
+        for row, values in zip(merged, answers, strict=True):
+            row[rank::processes] = values
+    correct = (merged[0] == merged[1]).numpy()
+    return Evaluation(float(correct.mean()), sum(loss for loss, *_ in found) / n, correct, merged[0].numpy())
+
+
+def _answers(
+    model: nn.Module, dataset: Dataset, batch_size: int, precision: str, num_workers: int, progress: bool
+) -> tuple[float, Tensor, Tensor]:
+    """(summed cross-entropy, predictions [n], labels [n]) in eval mode; every module's own mode comes back."""
     device = next(model.parameters()).device
     # A generator of its own: making the iterator must not advance the global one, which training depends on.
     loader = DataLoader(
-        dataset if limit is None else Subset(dataset, range(n)),
+        dataset,
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
     )
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     losses, predictions, labels = [], [], []
     try:
@@ -88,10 +123,14 @@ def evaluate(
                 predictions.append(logits.argmax(dim=1))
                 labels.append(target)
     finally:
-        model.train(was_training)
-    predicted, truth = torch.cat(predictions), torch.cat(labels)
-    correct = (predicted == truth).numpy()
-    return Evaluation(float(correct.mean()), sum(losses) / n, correct, predicted.numpy())
+        put_back(modes)
+    return sum(losses), torch.cat(predictions), torch.cat(labels)
+
+
+def put_back(modes: Mapping[nn.Module, bool]) -> None:
+    """Give each module its own training flag again: a part that somebody keeps in eval mode stays there."""
+    for module, training in modes.items():
+        module.training = training
 
 
 def autocast(device_type: str, precision: str) -> torch.autocast:
@@ -114,10 +153,12 @@ def warn_of_empty_rows(model: nn.Module, dataset: Dataset, precision: str = "fp3
         return
     images = torch.stack([dataset[i][0] for i in range(min(8, len(dataset)))])  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    with TokenSparsityTracker(model) as tracker, torch.no_grad(), autocast(device.type, precision):
-        model(images.to(device))
-    model.train(was_training)
+    try:
+        with TokenSparsityTracker(model) as tracker, torch.no_grad(), autocast(device.type, precision):
+            model(images.to(device))
+    finally:
+        put_back(modes)
     if warning := tracker.summary().warning:
         log.warning(warning)

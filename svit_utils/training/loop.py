@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from svit_utils.models import load_weights, save_weights
+from svit_utils.models import load_weights
 from svit_utils.training.config import TrainConfig
-from svit_utils.training.evaluation import autocast, evaluate
+from svit_utils.training.evaluation import autocast, evaluate_together
+from svit_utils.training.outputs import OutputError
+from svit_utils.training.progress import Reporter
 from svit_utils.training.recipe import set_tau_share
 from svit_utils.training.schedules import lr_factor, tau_factor
-from svit_utils.training.session import Session
+from svit_utils.training.session import NonFiniteLossError, Session
+from svit_utils.training.stops import Stopped, StopRequest
 
 
 @dataclass
@@ -56,8 +60,9 @@ def train(
 
     With ``out_dir``, writes there ``metrics.csv``, ``checkpoint.pt``, ``last.safetensors`` and ``best.safetensors``:
     the weights (with ``ema_decay``, the averaged ones) that were best on validation, judged at the full tau. A run that
-    was killed goes on from its checkpoint: with one thread on a CPU it ends with the same weights, bit for bit, as one
-    that was not. A finished run is loaded, not repeated. The model is left in eval mode with its last weights.
+    was killed goes on from its checkpoint; Ctrl-C and SIGTERM let the step end and write one. With one thread on a CPU
+    it ends with the same weights, bit for bit, as one in one go. A finished run is loaded, not repeated. The model is
+    left in eval mode with its last weights. Started by torchrun or Accelerate, all processes call this alike.
 
     Args:
         model: images [B, 3, H, W] to logits [B, classes].
@@ -66,39 +71,23 @@ def train(
         config: the recipe.
         out_dir: folder for what the run leaves; None keeps everything in memory.
         resume: go on from a checkpoint in ``out_dir``; False starts again and replaces it.
-        progress: show a progress bar.
+        progress: show a progress bar, or, where there is no terminal, a line now and then (standard error).
 
     Raises:
+        Stopped: a KeyboardInterrupt, after Ctrl-C or SIGTERM; its message says from where the run can go on.
         NonFiniteLossError: the loss or a weight became NaN or infinite. The last good checkpoint is kept.
-        OutputError: ``out_dir`` cannot be written to; raised before training.
+        OutputError: ``out_dir`` cannot be written to, or another run is writing there; later, the disk is full.
         CheckpointError: the checkpoint is damaged or belongs to another run.
         ValueError: the training set is smaller than one batch.
     """
-    run = Session(model, train_set, config, None if out_dir is None else Path(out_dir), resume)
-    at = run.progress
-    bar = tqdm(total=config.steps, initial=at.step, desc="train", disable=None if progress and run.is_main else True)
-    model.train()
-    started = time.monotonic() - at.seconds
-    try:
-        while at.step < config.steps:
-            row = _step(run)
-            at.seconds = time.monotonic() - started
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            row = row | {"seconds": round(at.seconds, 3)} if _due(run, config.log_every) else {}
-            if val_set is not None and _due(run, config.eval_every):
-                row |= _validate(run, val_set)
-            if row:
-                run.metrics.add({"step": at.step, **row})
-            if _due(run, config.checkpoint_every):
-                run.save()
-    finally:  # also when it is interrupted: the model is left with the full tau
-        bar.close()
-        set_tau_share(run.thresholds, 1.0)
-    if run.folder is not None and run.is_main:
-        save_weights(model, run.folder / "last.safetensors")
-    run.accelerator.wait_for_everyone()
+    with contextlib.ExitStack() as stack:  # holds the folder's lock
+        run = Session(model, train_set, val_set, config, None if out_dir is None else Path(out_dir), resume, stack)
+        model.train()
+        _run(run, val_set, progress and run.is_main)
+        run.keep(model, "last.safetensors")
+        run.accelerator.wait_for_everyone()
     model.eval()
+    at = run.progress
     return TrainResult(
         steps=at.step,
         final_loss=at.tail_sum / max(at.tail_count, 1),
@@ -109,8 +98,43 @@ def train(
     )
 
 
-def _step(run: Session) -> dict[str, float]:
-    """One optimiser step; returns its loss, learning rate and share of tau."""
+def _run(run: Session, val_set: Dataset | None, progress: bool) -> None:
+    """All steps that are left."""
+    config, at = run.config, run.progress
+    said = Reporter(at.step, config.steps, progress, "" if at.step == 0 else f"the checkpoint in {run.folder}")
+    started = time.monotonic() - at.seconds
+    with StopRequest() as stop:
+        try:
+            while at.step < config.steps:
+                row, signalled = _step(run, stop)
+                at.seconds = time.monotonic() - started
+                said.step(row["loss"])
+                row = row | {"seconds": round(at.seconds, 3)} if _due(run, config.log_every) else {}
+                if val_set is not None and _due(run, config.eval_every):
+                    row |= _validate(run, val_set)
+                if row:
+                    run.metrics.add({"step": at.step, **row})
+                if signalled or _due(run, config.checkpoint_every):
+                    run.save()
+                if signalled:
+                    raise _stopped(run, stop)
+        except (RuntimeError, OSError) as error:  # another process, or a worker, may have ended on the same signal
+            if stop.number is None or isinstance(error, (NonFiniteLossError, OutputError)):
+                raise
+            raise _stopped(run, stop) from error
+        finally:  # also when it is interrupted: the model is left with the full tau
+            said.close()
+            set_tau_share(run.thresholds, 1.0)
+
+
+def _stopped(run: Session, stop: StopRequest) -> Stopped:
+    number = stop.number or signal.SIGTERM  # of this process, or of another one
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    return Stopped(f"stopped by {name} after step {run.progress.step} of {run.config.steps}; {run.where()}", number)
+
+
+def _step(run: Session, stop: StopRequest) -> tuple[dict[str, float], bool]:
+    """One optimiser step; returns (loss, learning rate and share of tau; whether any process was asked to stop)."""
     config, at, accelerator = run.config, run.progress, run.accelerator
     factor = lr_factor(at.step, config.steps, config.warmup_steps, config.schedule)
     for group, lr in zip(run.optimiser.param_groups, run.peak_lrs, strict=True):
@@ -118,15 +142,18 @@ def _step(run: Session) -> dict[str, float]:
     share = tau_factor(at.step, config.tau_warmup_steps) if run.thresholds else 1.0
     set_tau_share(run.thresholds, share)
 
-    loss = 0.0
+    loss, signalled = 0.0, False
     for micro in range(config.grad_accumulation):
-        images, labels = (t.to(accelerator.device, non_blocking=True) for t in next(run.batches))
+        images, labels = run.next_batch()
         last = micro == config.grad_accumulation - 1  # with it, processes average the gradients of the step
         averaging = contextlib.nullcontext() if last else accelerator.no_sync(run.prepared)
         with averaging, autocast(accelerator.device.type, config.precision):
             micro_loss = run.loss(run.forward, images, labels) / config.grad_accumulation
-        # The mean over the processes is one number in all of them, so that all stop when it is not finite.
-        loss += float(accelerator.reduce(micro_loss.detach(), reduction="mean"))
+        # The mean over the processes is one number in all of them, so that all stop when it is not finite, and all
+        # hear of a signal that one of them got.
+        own = torch.stack([micro_loss.detach(), micro_loss.new_tensor(float(stop.number is not None))])
+        shared, asked = accelerator.reduce(own, reduction="mean").tolist()
+        loss, signalled = loss + shared, signalled or asked > 0
         if not math.isfinite(loss):
             raise run.non_finite(f"the loss is {loss}")
         accelerator.backward(micro_loss)
@@ -141,7 +168,7 @@ def _step(run: Session) -> dict[str, float]:
     if at.step > 0.9 * config.steps:
         at.tail_sum += loss
         at.tail_count += 1
-    return {"loss": loss, "lr": config.lr * factor, "tau_factor": share}
+    return {"loss": loss, "lr": config.lr * factor, "tau_factor": share}, signalled
 
 
 def _validate(run: Session, val_set: Dataset) -> dict[str, float]:
@@ -149,14 +176,11 @@ def _validate(run: Session, val_set: Dataset) -> dict[str, float]:
     config, at = run.config, run.progress
     set_tau_share(run.thresholds, 1.0)  # else the best weights would be early ones, judged at a lower tau
     judged = run.model if run.ema is None else run.ema.module
-    found = evaluate(
-        judged, val_set, batch_size=config.batch_size, precision=config.precision, num_workers=config.num_workers
-    )
+    found = evaluate_together(run.accelerator, judged, val_set, config.batch_size, config.precision, config.num_workers)
     at.val_accuracy = found.accuracy
     if at.best_val_accuracy is None or found.accuracy > at.best_val_accuracy:
         at.best_val_accuracy = found.accuracy
-        if run.folder is not None and run.is_main:
-            save_weights(judged, run.folder / "best.safetensors")
+        run.keep(judged, "best.safetensors")
     return {"val_accuracy": found.accuracy, "val_loss": found.loss}
 
 

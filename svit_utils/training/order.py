@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from svit_utils.training.config import TrainConfig
+from svit_utils.training.stops import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,11 @@ class DataOrder:
         # Without a generator of its own, making the loader's iterator would advance the global one.
         generator = torch.Generator().manual_seed(self.config.seed)
         workers, pin = self.config.num_workers, torch.cuda.is_available()
-        return DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=generator, pin_memory=pin)
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            generator=generator,
+            pin_memory=pin,
+            worker_init_fn=ignore_signals,
+        )
