@@ -4,8 +4,6 @@ Each command's module is imported only when that command, or its help, is asked 
 other commands' libraries cannot be imported.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

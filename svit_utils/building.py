@@ -1,7 +1,5 @@
 """Models by name: `small_vit` and timm's, with new or pretrained weights."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

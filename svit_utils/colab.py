@@ -1,7 +1,5 @@
 """What Google Colab lacks. The first code cell of every notebook calls `prepare` there; standard library only."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import subprocess

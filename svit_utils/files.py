@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and tables as CSV."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

@@ -1,7 +1,5 @@
 """Trained models as files that bring their attention, classes and normalisation back with them."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

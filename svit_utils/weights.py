@@ -1,7 +1,5 @@
 """Weights as safetensors files: written whole or not at all, loaded strictly."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from research.distractors import distractor_mass, distractor_share
 from research.nulls import sparsity_against_nulls
 from research.study.maps import CHUNK, MODEL_MAPS, attention_views, baseline_maps, model_maps
 from research.study.studies import Study
@@ -23,8 +24,6 @@ from svit_utils.explain import attention_rollout, class_attention, grad_cam, lay
 from svit_utils.referee import (
     background_accuracy,
     background_mass,
-    distractor_mass,
-    distractor_share,
     faithfulness_scores,
     localisation_scores,
     max_sensitivity,

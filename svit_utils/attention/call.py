@@ -14,15 +14,9 @@ from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, res
 
 @dataclass(frozen=True)
 class Call:
-    """The settings of one call, checked. As a normaliser of its own it is the formula with its tau worked out.
+    """The settings of one call, as `svit_utils.attention.functional.thresholded_attention` describes them, checked.
 
-    Attributes:
-        tau: a number, or a tensor broadcastable to [B, H, N, 1].
-        scale: factor on Q K^T.
-        attn_mask: boolean or additive, broadcastable to [B, H, N, M], or None.
-        is_causal: query i may attend to keys 0..i.
-        dropout_p: dropout on the renormalised weights.
-        empty_rows: what a query gets when no key survives, see `svit_utils.attention.formula.thresholded_softmax`.
+    ``tau`` is a number, or a tensor broadcastable to [B, H, N, 1]. As a normaliser, a call is the formula with this tau.
     """
 
     tau: Tensor | float

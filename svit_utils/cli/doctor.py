@@ -4,8 +4,6 @@ Only the standard library is imported at the top. Every other package is tried i
 that cannot be imported, or that takes the interpreter down with it, is a line of the report and not its end.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os
@@ -26,13 +24,8 @@ NEEDED = {name: _DISTRIBUTIONS.get(name, name) for name in f"{_LIBRARIES} matplo
 FOR_NOTEBOOKS = {"ipywidgets": "ipywidgets", "jupyterlab": "jupyterlab", "nbval": "nbval"}
 
 # What an import says when torch and torchvision come from different builds or releases.
-MISMATCH_SIGNS = (
-    "torchvision::nms",
-    "Couldn't load custom C++ ops",
-    "undefined symbol",
-    "compiled with different CUDA",
-    "partially initialized module 'torchvision'",
-)
+MISMATCH_SIGNS = ("torchvision::nms", "Couldn't load custom C++ ops", "undefined symbol")
+MISMATCH_SIGNS += ("compiled with different CUDA", "partially initialized module 'torchvision'")
 
 # Imports the modules it is given, one after the other, and prints a line of JSON for each.
 _PROBE = """

@@ -1,7 +1,5 @@
 """`python -m svit_utils evaluate`: accuracy and sparsity of a checkpoint, as it was trained or at another tau."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any

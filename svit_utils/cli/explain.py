@@ -1,7 +1,5 @@
 """`python -m svit_utils explain`: maps of a checkpoint for some images, as numbers, overlays and an overview."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

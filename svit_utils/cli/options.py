@@ -1,7 +1,5 @@
 """What the commands share: groups of options, and what the options do to a model."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -1,7 +1,5 @@
 """`python -m svit_utils train`: train or fine-tune a model, dense or with the cut, from a profile and options."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

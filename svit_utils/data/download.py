@@ -1,7 +1,5 @@
 """Download one file of known size, from a server that may be slow, endless or silent."""
 
-from __future__ import annotations
-
 import http.client
 import socket
 import threading

@@ -1,7 +1,5 @@
 """Picture files: the one reader of every command, and the pictures below a folder with one folder for each class."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import suppress

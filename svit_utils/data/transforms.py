@@ -3,8 +3,6 @@
 Every random choice is drawn from torch's generator, so seeding or restoring that generator repeats it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -10,23 +10,6 @@ from svit_utils.training.schedules import lr_factor, tau_factor
 from svit_utils.training.session import NonFiniteLossError
 from svit_utils.training.stops import Stopped
 
-__all__ = [
-    "PROFILES",
-    "CheckpointError",
-    "DataSplits",
-    "Evaluation",
-    "NonFiniteLossError",
-    "OutputError",
-    "Profile",
-    "Stopped",
-    "TrainConfig",
-    "TrainResult",
-    "build_data",
-    "build_model",
-    "evaluate",
-    "get_profile",
-    "load_best",
-    "lr_factor",
-    "tau_factor",
-    "train",
-]
+__all__ = ["PROFILES", "CheckpointError", "DataSplits", "Evaluation", "NonFiniteLossError", "OutputError", "Profile"]
+__all__ += ["Stopped", "TrainConfig", "TrainResult", "build_data", "build_model", "evaluate", "get_profile"]
+__all__ += ["load_best", "lr_factor", "tau_factor", "train"]

@@ -5,8 +5,6 @@ is always one whole checkpoint. It holds everything the next step depends on: we
 random generators of every process, and the step, from which data order, learning rate and tau follow.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """The recipe of a training run, as one frozen dataclass."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from svit_utils.training.schedules import SCHEDULES

@@ -1,7 +1,5 @@
 """Accuracy, image by image, so that two models can be compared on the same pictures."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What must be the same for a checkpoint to fit: model, thresholds, what is trained, drop rates, data and recipe."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

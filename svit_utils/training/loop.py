@@ -1,7 +1,5 @@
 """The training loop: Hugging Face Accelerate for devices and processes, timm for the recipe, nothing hidden."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """metrics.csv: the curves of a run, written row by row while it trains."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which images each batch holds. The order follows from the seed and the step, so a run can go on from any step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The folder of a run: one run at a time writes there, and what cannot be written is said in one kind of error."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """One process or several: found out, or refused where a launcher started several that would not know each other."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """What a run says while it goes: a bar in a terminal or notebook, else a plain line now and then."""
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -1,7 +1,5 @@
 """The recipe in the terms of torch and timm: AdamW's parameter groups, the loss, and the share of tau in force."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What changes with the step: the learning rate and tau. Pure functions of the step, so that resuming is trivial."""
 
-from __future__ import annotations
-
 import math
 
 SCHEDULES = ("cosine", "onecycle", "constant")

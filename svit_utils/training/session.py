@@ -1,7 +1,5 @@
 """What a training run consists of: made from the start or from a checkpoint, and written to one."""
 
-from __future__ import annotations
-
 import math
 import random
 from contextlib import ExitStack

@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from research.distractors import distractor_mass, distractor_regions, distractor_share
 from svit_utils.data import PlantedShapes
 from svit_utils.referee import uniform_maps
 from svit_utils.referee.background import (
     BACKGROUND_VARIANTS,
     background_accuracy,
     background_mass,
-    distractor_mass,
-    distractor_regions,
-    distractor_share,
 )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from research.distractors import distractor_mass, distractor_share
 from svit_utils import sparsify
 from svit_utils.data import PlantedShapes
 from svit_utils.explain import class_attention, grad_cam, upsample
@@ -19,7 +20,7 @@ from svit_utils.referee import (
     uniform_maps,
     weight_randomisation,
 )
-from svit_utils.referee.background import background_accuracy, background_mass, distractor_mass, distractor_share
+from svit_utils.referee.background import background_accuracy, background_mass
 from svit_utils.referee.baselines import edge_maps
 
 IMAGES = 150

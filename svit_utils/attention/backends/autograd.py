@@ -115,11 +115,13 @@ class Forward(torch.autograd.Function):
 
 
 class Backward(torch.autograd.Function):
-    """The first derivative, itself differentiable: by the formula and its N x N matrices, since that is rare."""
+    """The first derivative, itself differentiable: by the formula and its N x N matrices, since that is rare.
+
+    The parameters of `forward` are written out because torch.compile counts them.
+    """
 
     @staticmethod
     def forward(name, grad, out, rows, more, q, k, v, tau, mask, scale, causal, dropout, seed, empty_rows):  # type: ignore[no-untyped-def]
-        # Written out, because torch.compile counts the parameters.
         settings = (tau, mask, scale, causal, dropout, seed, empty_rows)
         return _op(name, q)(grad, out, rows, more, q, k, v, *settings)
 
