@@ -1,12 +1,10 @@
-"""Adding rows to a recorded CSV file, and the compact form of a column of right and wrong answers."""
+"""Adding rows to a recorded CSV file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from svit_utils.files import read_rows, write_rows
 
@@ -35,8 +33,3 @@ def replace_rows(
     replaced = {name(row) for row in new}
     rows = sorted([*(row for row in read_rows(path) if name(row) not in replaced), *new], key=order)
     write_rows(path, dict.fromkeys([*columns, *(column for row in rows for column in row)]), rows)
-
-
-def pack(correct: np.ndarray) -> str:
-    """A bool array [n] as hexadecimal digits: eight images in two digits, the last byte filled with zeros."""
-    return np.packbits(correct).tobytes().hex()

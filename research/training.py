@@ -20,13 +20,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from research.plans import CURRICULUM, Experiment, Run
-from research.rows import pack, replace_rows
+from research.rows import replace_rows
 from svit_utils.attention import TokenSparsityTracker, sparse_modules
 from svit_utils.data import PlantedShapes
 from svit_utils.files import read_rows, write_file
 from svit_utils.models import load_weights, save_weights
 from svit_utils.paths import checkpoints_dir, repo_root, results_dir
 from svit_utils.provenance import provenance
+from svit_utils.records import pack
 from svit_utils.training import TrainConfig, build_data, build_model, evaluate, train
 
 TRACKED_IMAGES = 200

@@ -5,6 +5,8 @@ each run got right, one bit per image in hexadecimal digits; ``results/planned.c
 The program ``research/`` wrote them all.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,8 +55,13 @@ def planned_runs(experiment: str, folder: Path | None = None) -> list[Row]:
     return found
 
 
+def pack(correct: np.ndarray) -> str:
+    """A bool array [n] as hexadecimal digits: eight images in two digits, the last byte filled with zeros."""
+    return np.packbits(correct).tobytes().hex()
+
+
 def unpack(text: str, n: int) -> np.ndarray:
-    """The bool array [n] behind hexadecimal digits, eight images in two of them (`research.rows.pack`)."""
+    """The bool array [n] that `pack` wrote."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:n].astype(bool)
 
 

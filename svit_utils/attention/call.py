@@ -16,7 +16,7 @@ from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, res
 class Call:
     """The settings of one call, as `svit_utils.attention.functional.thresholded_attention` describes them, checked.
 
-    ``tau`` is a number, or a tensor broadcastable to [B, H, N, 1]. As a normaliser, a call is the formula with this tau.
+    ``tau`` is a number, or a tensor broadcastable to [B, H, N, 1]. As a normaliser a call is the formula with its tau.
     """
 
     tau: Tensor | float

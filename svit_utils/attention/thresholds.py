@@ -30,7 +30,7 @@ class Threshold(nn.Module):
         super().__init__()
         # The numbers are kept as Python values too: a module that is built on the meta device, emptied onto another one
         # and given a state_dict would otherwise compute with whatever lay in memory.
-        self._share = 1.0
+        self._numbers: dict[str, Any] = {"warmup": 1.0}
         self.register_buffer("warmup", torch.ones(()), persistent=False)
 
     def forward(self, keys: int | Tensor) -> Tensor:
@@ -53,13 +53,9 @@ class Threshold(nn.Module):
         """
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"the warm-up factor of tau must lie in [0, 1], got {fraction}")
-        self._share = float(fraction)
+        self._numbers["warmup"] = float(fraction)
         self.warmup.fill_(fraction)
         return self
-
-    def _refill(self) -> None:
-        """Write the numbers that no state_dict holds into their buffers again."""
-        self.warmup.fill_(self._share)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follow the model to another device, but stay in float32 when the model is cast."""
@@ -71,7 +67,9 @@ class Threshold(nn.Module):
         was_meta = self.warmup.is_meta
         applied = super()._apply(keep_dtype, recurse)
         if was_meta and not self.warmup.is_meta:
-            self._refill()
+            with torch.no_grad():
+                for name, number in self._numbers.items():
+                    getattr(self, name).copy_(torch.tensor(number, device="cpu"))
         return applied
 
 
@@ -95,12 +93,8 @@ class FixedThreshold(Threshold):
         if value.ndim > 1:
             raise ValueError(f"tau must be a number or have shape [H], got shape {tuple(value.shape)}")
         _check_range(value, tau)
-        self._given = value.tolist()
+        self._numbers["value"] = value.tolist()
         self.register_buffer("value", value, persistent=False)
-
-    def _refill(self) -> None:
-        super()._refill()
-        self.value.copy_(torch.tensor(self._given, device="cpu"))
 
     @property
     def tau(self) -> float | Tensor:
@@ -178,12 +172,8 @@ class LearnableThreshold(Threshold):
             raise ValueError(f"init must lie in (0, 1), got {init}")
         self.init, self.per = float(init), per
         # One number has shape [1]: FSDP2 refuses parameters without a dimension.
-        self.logit = nn.Parameter(torch.tensor([math.log(init / (1 - init))]))
-
-    def _refill(self) -> None:
-        super()._refill()
-        with torch.no_grad():
-            self.logit.fill_(math.log(self.init / (1 - self.init)))
+        self._numbers["logit"] = [math.log(init / (1 - init))]
+        self.logit = nn.Parameter(torch.tensor(self._numbers["logit"]))
 
     @property
     def tau(self) -> Tensor:

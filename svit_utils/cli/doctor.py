@@ -24,7 +24,7 @@ NEEDED = {name: _DISTRIBUTIONS.get(name, name) for name in f"{_LIBRARIES} matplo
 FOR_NOTEBOOKS = {"ipywidgets": "ipywidgets", "jupyterlab": "jupyterlab", "nbval": "nbval"}
 
 # What an import says when torch and torchvision come from different builds or releases.
-MISMATCH_SIGNS = ("torchvision::nms", "Couldn't load custom C++ ops", "undefined symbol")
+MISMATCH_SIGNS: tuple[str, ...] = ("torchvision::nms", "Couldn't load custom C++ ops", "undefined symbol")
 MISMATCH_SIGNS += ("compiled with different CUDA", "partially initialized module 'torchvision'")
 
 # Imports the modules it is given, one after the other, and prints a line of JSON for each.

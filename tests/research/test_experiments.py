@@ -17,11 +17,10 @@ from research import check as check_module
 from research import training as training_module
 from research.__main__ import main
 from research.plans import EXPERIMENTS, PLANTED, Experiment, Run, changed, get_experiment, planned_rows
-from research.rows import pack
 from research.training import run_experiment, stages
 from svit_utils.files import read_rows
 from svit_utils.paths import results_dir
-from svit_utils.records import planned_runs, unpack
+from svit_utils.records import pack, planned_runs, unpack
 
 MICRO = changed(PLANTED, start="scratch", steps=2, batch_size=2, warmup_steps=1, val_images=4, test_images=9)
 EXPERIMENT = Experiment(

@@ -31,18 +31,7 @@ def _load(pointer, rows, columns, row_stride, column_stride, n_rows, n_columns, 
 
 @triton.jit
 def _scores(
-    q,
-    k,
-    mask,
-    rows,
-    keys,
-    mask_row_stride,
-    mask_key_stride,
-    scale,
-    n,
-    m,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
+    q, k, mask, rows, keys, mask_row_stride, mask_key_stride, scale, n, m, CAUSAL: tl.constexpr, MASK: tl.constexpr
 ):
     """Scores [rows, keys] in float32, -inf where a query may not attend."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -283,9 +272,5 @@ def key_kernel(
     pairs_key = pair * m + keys
     inside = keys[:, None] < m
     at = pairs_key[:, None]
-    tl.store(
-        DK + at * D + depth[None, :],
-        (dk * scale).to(DK.dtype.element_ty),
-        mask=inside & (depth[None, :] < D),
-    )
+    tl.store(DK + at * D + depth[None, :], (dk * scale).to(DK.dtype.element_ty), mask=inside & (depth[None, :] < D))
     tl.store(DV_PTR + at * DV + width[None, :], dv.to(DV_PTR.dtype.element_ty), mask=inside & (width[None, :] < DV))
