@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from svit_utils import __version__
+import svit_utils
 from svit_utils.cli.options import add_threads_argument, set_threads
 
 # The commands import what they need themselves: `--help` need not wait for torch.
@@ -58,7 +58,7 @@ def write_plan(options: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
-    whole.add_argument("--version", action="version", version=f"research, with svit_utils {__version__}")
+    whole.add_argument("--version", action="version", version=f"research, with svit_utils {svit_utils.__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, work: object) -> argparse.ArgumentParser:

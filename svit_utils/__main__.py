@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from svit_utils import __version__
+import svit_utils
 
 COMMANDS = {
     "doctor": "versions, device, data and weights found, and what to do about what is wrong",
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="SelectiveViT: thresholded attention for timm Vision Transformers.",
         epilog="`python -m svit_utils COMMAND --help` says more about a command.",
     )
-    parser.add_argument("--version", action="version", version=f"svit_utils {__version__}")
+    parser.add_argument("--version", action="version", version=f"svit_utils {svit_utils.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module = None
     for name, summary in COMMANDS.items():

@@ -52,10 +52,8 @@ def image_folder(
         transform, normalise = prepare.transform(augment), (prepare.mean, prepare.std)
     base = Path(root).expanduser()
     if not base.is_dir():
-        fault = (
-            f"{base} is a file, and a folder of pictures is expected" if base.exists() else f"no such folder: {base}"
-        )
-        raise DataNotFoundError(fault)
+        missing = not base.exists()
+        raise DataNotFoundError(f"no such folder: {base}" if missing else f"{base} is a file, not a folder of pictures")
     folder = _split_folder(base, split)
     return PictureSet(ClassFolders(folder, transform), normalise)
 

@@ -44,3 +44,36 @@ def test_type_checkers_see_every_name_of_the_package() -> None:
     assert sorted(homes) == svit_utils.__all__
     for name, home in homes.items():
         assert getattr(svit_utils, name) is getattr(sys.modules[home], name)
+
+
+@pytest.mark.parametrize(
+    "command", [*(f"svit_utils {name}" for name in COMMANDS), "research experiment", "research study"]
+)
+def test_help_waits_for_nothing_heavy(command: str) -> None:
+    module, name = command.split()
+    program = (
+        "import runpy, sys; sys.argv = ['x', sys.argv[2], '--help']\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print([n for n in ('torch', 'timm', 'numpy', 'pandas', 'matplotlib', 'torchvision') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, module, name], capture_output=True, text=True, check=True)
+    assert "usage: " in done.stdout and done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("module", ["svit_utils", "research"])
+def test_version(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert svit_utils.__version__ in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["experiment", "nope"], ["experiment", "--runs", "x"], ["study", "--profile", "nope"], ["study", "--out", "x"]],
+)
+def test_research_refuses_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from research.__main__ import main as research
+
+    assert research(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1

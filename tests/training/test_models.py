@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from svit_utils.__main__ import main
 from svit_utils.attention import RelativeThreshold, sparse_modules, sparsify
+from svit_utils.data import preprocessing
 from svit_utils.models import (
     WeightsError,
     create_model,
@@ -100,6 +102,133 @@ def test_weights_round_trip_with_their_card(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
     sparsify(other, 0.01)
     load_weights(other, path)  # the keys are those of the dense model
+
+
+@pytest.mark.parametrize(
+    "changes", [{"in_chans": 1}, {"in_chans": 4}, {"patch_size": 8}, {"in_chans": 2, "patch_size": 32}]
+)
+@pytest.mark.parametrize("size", [None, 96])
+def test_local_weights_are_adapted_as_timm_does(
+    changes: dict[str, int], size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = timm.create_model(TINY)
+    save_file(source.state_dict(), tmp_path / f"{TINY}.safetensors")
+    expected = timm.create_model(
+        TINY, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / f"{TINY}.safetensors")}, **changes
+    )
+    if size is not None:
+        expected.set_input_size(img_size=size)
+    monkeypatch.setenv("SVIT_WEIGHTS_DIR", str(tmp_path))
+    model = create_model(TINY, pretrained=True, img_size=size, **changes)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    x = torch.randn(1, changes.get("in_chans", 3), *model.patch_embed.img_size)
+    assert torch.equal(model.eval()(x), expected.eval()(x))
+    save_trained(model, tmp_path / "again.safetensors")
+
+
+def test_local_weights_of_another_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(timm.create_model("test_vit2").state_dict(), tmp_path / f"{TINY}.safetensors")
+    monkeypatch.setenv("SVIT_WEIGHTS_DIR", str(tmp_path))
+    for changes in ({}, {"in_chans": 1}):
+        with pytest.raises(WeightsError, match=rf"{TINY}\.safetensors holds another model than {TINY}"):
+            create_model(TINY, pretrained=True, **changes)
+
+
+PREFIXES = ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_weights_of_wrapped_models_load(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = timm.create_model(TINY)
+    state = source.state_dict()
+    save_file({prefix + name: value for name, value in state.items()}, tmp_path / f"{TINY}.safetensors")
+    model = timm.create_model(TINY)
+    load_weights(model, tmp_path / f"{TINY}.safetensors")
+    monkeypatch.setenv("SVIT_WEIGHTS_DIR", str(tmp_path))
+    for loaded in (model, create_model(TINY, pretrained=True)):
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in state.items())
+    assert create_model(TINY, pretrained=True, in_chans=1).patch_embed.proj.weight.shape[1] == 1
+
+
+def test_compiled_models_save_and_load_under_plain_names(tmp_path: Path) -> None:
+    model, other = create_model("small_vit"), create_model("small_vit")
+    compiled, wrapped = torch.compile(model), torch.nn.DataParallel(other)
+    path = save_weights(compiled, tmp_path / "w.safetensors")
+    load_weights(torch.compile(wrapped), path)
+    assert torch.equal(other.head.weight, model.head.weight)
+    model.blocks[1] = torch.compile(model.blocks[1])  # one block only
+    save_file(model.state_dict(), tmp_path / "block.safetensors")
+    fresh = create_model("small_vit")
+    load_weights(fresh, tmp_path / "block.safetensors")
+    assert torch.equal(fresh.blocks[1].attn.qkv.weight, other.blocks[1].attn.qkv.weight)
+    fresh.blocks[2] = torch.compile(fresh.blocks[2])
+    load_weights(fresh, path)
+    assert torch.equal(fresh.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": "x"}, "timm cannot build swin_tiny_patch4_window7_224 with"),
+        (TINY, {"nonsense": 4}, f"timm cannot build {TINY} with .*nonsense"),
+        (TINY, {"img_size": 0}, "img_size must be at least 1, got 0"),
+        (TINY, {"num_classes": -1}, "num_classes must be at least 0, got -1"),
+    ],
+)
+def test_impossible_models_are_refused(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(name, **options)  # type: ignore[arg-type]
+    assert create_model("resnet18", 10, 64)(torch.zeros(1, 3, 64, 64)).shape == (1, 10), "any size"
+
+
+def test_a_model_by_name_has_its_own_size_and_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    from svit_utils.cli.options import chosen_profile
+
+    def chosen(**given: object) -> tuple[str, int, str]:
+        names = ("data", "model", "img_size", "weights", "threshold", "empty_rows")
+        options = argparse.Namespace(profile="cpu", dense=False, **dict.fromkeys(names) | given)
+        found = chosen_profile(options)
+        return found.model, found.img_size, found.start
+
+    assert chosen() == ("small_vit", 56, "planted_dense_start") == chosen(model="small_vit")
+    assert chosen(model="deit_tiny_patch16_224") == ("deit_tiny_patch16_224", 224, "pretrained")
+    assert chosen(model="vit_tiny_patch16_384", img_size=96, weights="scratch")[1:] == (96, "scratch")
+    with pytest.raises(ValueError, match="unknown model 'nope'"):
+        chosen(model="nope")
+
+
+def test_evaluate_prepares_pictures_as_explain_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Red within the crop, blue around it: a model that tells the two apart sees red only."""
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / "val" / name).mkdir(parents=True)
+        picture = Image.new("RGB", (112, 112), "blue")
+        picture.paste((255, 0, 0), (28, 28, 84, 84))
+        picture.save(tmp_path / "data" / "val" / name / "1.png")
+        picture.save(tmp_path / "data" / "val" / name / "2.png")
+    (tmp_path / "data" / "val").rename(tmp_path / "data" / "train")
+    (tmp_path / "data" / "val").symlink_to(tmp_path / "data" / "train")
+    card = {"label_names": ["ant", "bee"], "mean": [0.1] * 3, "std": [0.3] * 3, "crop_pct": 0.5}
+    path = save_trained(create_model("small_vit", 2), tmp_path / "m.safetensors", card)
+    losses = []
+    for options in ([], ["--crop-pct", "1.0"], ["--normalise", "half"]):
+        command = ["evaluate", "--profile", "smoke", "--weights", str(path), "--data", str(tmp_path / "data"), "--json"]
+        assert main([*command, *options]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    model, read = load_trained(path)
+    x = preprocessing(model, read).transform()(Image.open(tmp_path / "data/train/ant/1.png").convert("RGB"))[None]
+    assert x[0, 2].max() < 0, "no blue"
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(x).expand(2, 2), torch.tensor([0, 1]))
+    assert losses[0] == pytest.approx(float(expected), rel=1e-5) and len({round(v, 6) for v in losses}) == 3
+    (tmp_path / "data" / "train" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "train" / "cat" / "1.png")
+    assert main(command) == 2 and "has 2 classes, but" in capsys.readouterr().err
+    (tmp_path / "data" / "train" / "cat" / "1.png").write_bytes(b"broken")
+    assert main(["evaluate", "--profile", "smoke", "--weights", "scratch", "--data", str(tmp_path / "data")]) == 2
+    assert "cat/1.png" in capsys.readouterr().err
 
 
 def test_damaged_and_foreign_weights_are_refused(tmp_path: Path) -> None:
@@ -242,6 +371,18 @@ def test_a_trained_model_at_another_image_size(tmp_path: Path, capsys: pytest.Ca
         (["train", "--profile", "smoke", "--layers", "9"], "unknown layer 9"),
         (["train", "--profile", "smoke", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["train", "--profile", "smoke", "--seed", "-1"], "seed must lie in"),
+        (["train", "--profile", "smoke", "--model", "resnet18", "--weights", "scratch"], "ResNet"),
+        (["train", "--profile", "smoke", "--model", "nope"], "unknown model 'nope'"),
+        (["evaluate", "--profile", "smoke", "--model", "nope"], "unknown model 'nope'"),
+        (["evaluate", "--profile", "smoke", "--model", "resnet18", "--weights", "planted_dense_seed0"], "resnet18"),
+        (
+            ["evaluate", "--profile", "smoke", "--threshold", "0.1", "--model", "resnet18", "--weights", "scratch"],
+            "ResNet",
+        ),
+        (["evaluate", "--profile", "smoke", "--weights", "scratch", "--img-size", "57"], "multiple of 4"),
+        (["evaluate", "--profile", "smoke", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["evaluate", "--profile", "smoke", "--limit", "0"], "limit must be at least 1"),
+        (["evaluate", "--profile", "smoke", "--data", __file__], "is a file, not a folder of pictures"),
         (["evaluate", "--profile", "smoke", "--weights", "absent"], "no shipped checkpoint 'absent'"),
         (["evaluate", "--profile", "smoke", "--weights", "absent.safetensors"], "absent.safetensors"),
     ],
