@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from svit_utils.attention import TokenSparsityTracker, sparse_modules
-from svit_utils.training.stops import ignore_signals
+from svit_utils.training.stops import outlast_signals
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _answers(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlast_signals,
     )
     modes = {module: module.training for module in model.modules()}
     model.eval()

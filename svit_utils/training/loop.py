@@ -122,6 +122,7 @@ def _run(run: Session, val_set: Dataset | None, progress: bool) -> None:
             raise _stopped(run, stop) from error
         finally:  # also when it is interrupted: the model is left with the full tau
             said.close()
+            run.batches = iter(())  # ends the loader's workers
             set_tau_share(run.thresholds, 1.0)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from svit_utils.training.config import TrainConfig
-from svit_utils.training.stops import ignore_signals
+from svit_utils.training.stops import outlast_signals
 
 
 @dataclass(frozen=True)
@@ -66,5 +66,5 @@ class DataOrder:
             num_workers=workers,
             generator=generator,
             pin_memory=pin,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=outlast_signals,
         )

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -96,7 +97,7 @@ class Session:
         self.sample: dict[str, Tensor] | None = None
         randoms = self._load(resume, order, train_set)
         order = replace(order, start=self.progress.step * config.grad_accumulation)
-        self.batches = iter(order.loader(train_set))
+        self.batches: Iterator[Any] = iter(order.loader(train_set))
         if randoms is not None:  # last, since building the model and the loader may draw random numbers
             checkpoints.set_random_state(randoms[accelerator.process_index])
         self.metrics = Metrics(folder if self.is_main else None, keep_until=self.progress.step)

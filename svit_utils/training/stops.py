@@ -7,6 +7,8 @@ import signal
 import threading
 from typing import Any
 
+WORKERS_STAY_S = 10
+
 
 class Stopped(KeyboardInterrupt):
     """A run that ended on a signal; the message says at which step, and from where it can go on.
@@ -50,7 +52,12 @@ class StopRequest:
         self.number = number
 
 
-def ignore_signals(_worker: int) -> None:
-    """For a DataLoader's workers, which a terminal or batch system signals too: the step under way needs them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def outlast_signals(_worker: int) -> None:
+    """For a DataLoader's workers, which a terminal or batch system signals too: the step under way needs them.
+
+    Ctrl-C is the main process's business. After SIGTERM, with which the main process ends them too, they stay a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKERS_STAY_S))
