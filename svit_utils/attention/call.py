@@ -28,18 +28,9 @@ class Call:
 
     @classmethod
     def checked(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        threshold: ThresholdLike = 0.01,
-        *,
-        scale: float | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        dropout_p: float = 0.0,
-        empty_rows: str = "dense",
-    ) -> Call:
+        cls, q: Tensor, k: Tensor, v: Tensor, threshold: ThresholdLike = 0.01, *, scale: float | None = None,
+        attn_mask: Tensor | None = None, is_causal: bool = False, dropout_p: float = 0.0, empty_rows: str = "dense",
+    ) -> Call:  # fmt: skip
         """The call with these arguments of `thresholded_attention`.
 
         Raises:
@@ -65,10 +56,9 @@ class Call:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Check that q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv] and the mask fit together.
+    """Raise ValueError unless q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv] and the mask fit together.
 
-    Raises:
-        ValueError: they do not, in shape, device or dtype; the message says how.
+    They have to fit in shape, device and dtype; the message says what does not.
     """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:

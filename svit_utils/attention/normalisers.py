@@ -267,9 +267,6 @@ class _Given(Normaliser):
     def __init__(self, given: Any) -> None:
         self.given = given
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
     def weights(self, scores: Tensor) -> Tensor:
         return self.given.weights(scores)
 

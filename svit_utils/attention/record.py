@@ -3,23 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svit_utils.attention.formula import fully_masked, masked_softmax, no_autocast, statistics_dtype
 from svit_utils.attention.masks import mask_scores
-
-
-class Normalises(Protocol):
-    """What turns scores into attention weights; `svit_utils.attention.normalisers` has the classes."""
-
-    def weights(self, scores: Tensor) -> Tensor:
-        """Scores [..., N, M] to weights of the same shape."""
-
-    def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
-        """The softmax probability that each row was cut at, broadcastable to [..., N, 1]."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +23,7 @@ class AttentionRecord:
         scores: [B, H, N, M], scaled, masked keys at -inf.
         allowed: boolean, broadcastable to [B, H, N, M], False where a key is masked; None without a mask.
         v: [B, H, M, Dv].
-        normaliser: what made the weights.
+        normaliser: what made the weights, with methods as `svit_utils.attention.normalisers.Normaliser`.
     """
 
     out: Tensor
@@ -42,7 +32,7 @@ class AttentionRecord:
     scores: Tensor
     allowed: Tensor | None
     v: Tensor
-    normaliser: Normalises
+    normaliser: Any
 
     @cached_property
     def probs(self) -> Tensor:
@@ -59,7 +49,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    normaliser: Normalises,
+    normaliser: Any,
     *,
     scale: float,
     attn_mask: Tensor | None = None,
@@ -69,7 +59,7 @@ def attend(
     """Attention with q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv]: the N x M weights are formed and kept.
 
     Args:
-        normaliser: turns scores into weights.
+        normaliser: turns scores into weights, as `svit_utils.attention.normalisers.Normaliser` does.
         scale: factor on Q K^T.
         attn_mask, is_causal: as in `mask_scores`. A query without any key to attend to gives 0 with gradient 0.
         dropout: applied to the weights, after the renormalisation: before it, dropout would move the cut.

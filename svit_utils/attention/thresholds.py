@@ -201,11 +201,8 @@ class LearnableThreshold(Threshold):
         return f"per={self.per!r}"
 
 
-THRESHOLDS: dict[str, type[Threshold]] = {
-    "fixed": FixedThreshold,
-    "relative": RelativeThreshold,
-    "learnable": LearnableThreshold,
-}
+THRESHOLDS: dict[str, type[Threshold]] = {"fixed": FixedThreshold, "relative": RelativeThreshold}
+THRESHOLDS["learnable"] = LearnableThreshold
 ThresholdLike: TypeAlias = float | Tensor | Threshold
 
 

@@ -157,7 +157,7 @@ def test_a_folder_or_nothing_where_a_picture_is_expected(tmp_path: Path) -> None
     with pytest.raises(DataNotFoundError, match=r"no such picture: .*pipe\.png"):
         read_picture(tmp_path / "pipe.png")
     (tmp_path / "a.png").touch()
-    with pytest.raises(DataNotFoundError, match="is a file, and a folder of pictures is expected"):
+    with pytest.raises(DataNotFoundError, match="is a file, not a folder of pictures"):
         image_folder(tmp_path / "a.png")
 
 

@@ -27,31 +27,21 @@ PAIRS_WITH_DROPOUT = 8
 class Problem:
     """One call with batch and heads folded into G = B * H, in the dtype of the statistics.
 
-    Attributes:
-        q, k, v: [G, N, D], [G, M, D], [G, M, Dv].
-        scale: factor on the products of q and k.
-        tau: [G, 1, 1] one number per head, or [G, N, 1] one per query.
-        taus: the same as numbers, one per pair or one for all; empty where tau differs from query to query.
-        highest: the largest tau.
-        mask: [B, H, N, M] or None.
-        heads: H.
-        call: the other settings.
-        seed: of the dropout.
-        keeps_probs: keep the probabilities beside what is left after the cut, as the backward pass needs; the forward
-            pass cuts them in place.
+    ``keeps_probs`` keeps the probabilities beside what is left after the cut, as the backward pass needs; the forward
+    pass cuts them in place.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    tau: Tensor
-    taus: list[float]
-    highest: float
-    mask: Tensor | None
+    q: Tensor  # [G, N, D]
+    k: Tensor  # [G, M, D]
+    v: Tensor  # [G, M, Dv]
+    scale: float  # factor on the products of q and k
+    tau: Tensor  # [G, 1, 1] one number per head, or [G, N, 1] one per query
+    taus: list[float]  # the same as numbers, one per pair or one for all; empty where tau differs from query to query
+    highest: float  # the largest tau
+    mask: Tensor | None  # [B, H, N, M]
     heads: int
-    call: Call
-    seed: int
+    call: Call  # the other settings
+    seed: int  # of the dropout
     keeps_probs: bool
 
     @classmethod
