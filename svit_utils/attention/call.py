@@ -56,10 +56,7 @@ class Call:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Raise ValueError unless q [B, H, N, D], k [B, H, M, D], v [B, H, M, Dv] and the mask fit together.
-
-    They have to fit in shape, device and dtype; the message says what does not.
-    """
+    """Raise ValueError unless q, k, v and the mask fit in shape ([B, H, N, D], [B, H, M, D], ...), device and dtype."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k and v must have rank 4, [B, H, N, D]; got {shapes}")
