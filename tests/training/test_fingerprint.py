@@ -320,7 +320,7 @@ def test_an_older_checkpoint_says_so(tmp_path: Path) -> None:
         CheckpointError, match=r"an older version wrote it, which did not note drop rates, frozen, labels\. "
     ):
         run(tmp_path, micro_vit())
-    with pytest.raises(CheckpointError, match="older version .*, and lr differ.* resume=False"):
+    with pytest.raises(CheckpointError, match=r"older version .*, and lr differ.* resume=False"):
         run(tmp_path, micro_vit(), config=replace(CONFIG, lr=1.0))
 
 

@@ -62,7 +62,7 @@ def exit_status(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.fixture()
+@pytest.fixture
 def held(tmp_path: Path) -> Any:
     """A folder that another process has locked: (folder, its pid)."""
     folder = tmp_path / "out"
@@ -405,7 +405,7 @@ def test_malformed_content_is_refused(tmp_path: Path, good: Path, number: int) -
 @pytest.mark.parametrize("content", [7, "text", None, [], torch.zeros(3), {}])
 def test_another_kind_of_file_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match="is damaged .*resume=False"):
+    with pytest.raises(CheckpointError, match=r"is damaged .*resume=False"):
         run(tmp_path)
 
 
