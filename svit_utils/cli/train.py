@@ -99,7 +99,6 @@ def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     from svit_utils.training.outputs import locked, writing
     from svit_utils.training.processes import by_main, start
 
-    set_threads(options)
     profile = chosen_profile(options)
     if options.steps is not None:
         if options.steps < 1:
@@ -110,6 +109,7 @@ def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     config = replace(profile.config, **{k: v for k, v in changes.items() if v is not None})
     profile = replace(profile, config=config)
     processes = start()
+    set_threads(options)  # after Accelerate, which sets a number of its own for several processes on a CPU
     by_main(processes, lambda: stack.enter_context(locked(options.out)))  # until all is written
     if processes.is_main_process:
         print(profile if not options.dense else f"{profile} -- dense: nothing is cut")
