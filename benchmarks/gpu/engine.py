@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.gpu.workers import one_line
 from svit_utils.training.config import TrainConfig
 from svit_utils.training.recipe import distinct_thresholds, param_groups, set_tau_share
 from svit_utils.training.schedules import lr_factor, tau_factor
@@ -136,17 +137,14 @@ class Engine:
 
 def build(model: nn.Module, shape: tuple[int, int, int, int], config: TrainConfig, wanted: Mode) -> Engine:
     """An engine in the wanted mode, or in a simpler one where that fails: no compiler, or no graph of it."""
-    simpler = [wanted, Mode(False, wanted.graph), Mode(False, False)]
+    simpler = [wanted, Mode(False, wanted.graph), Mode(wanted.compile, False), Mode(False, False)]
     for mode in dict.fromkeys(simpler):
         try:
             return Engine(model, shape, config, mode)
         except Exception as error:
             if mode == simpler[-1] or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            warnings.warn(
-                f"a step as {mode} fails ({type(error).__name__}: {lines[0][:200]}); trying less", stacklevel=2
-            )
+            warnings.warn(f"a step as {mode} fails ({one_line(error)}); trying less", stacklevel=2)
             for block in model.blocks:  # type: ignore[union-attr]
                 block._compiled_call_impl = None
     raise AssertionError("the last mode returns or raises")

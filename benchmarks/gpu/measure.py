@@ -84,7 +84,8 @@ def variant(name: str, plan: Plan, n: int) -> Attention:
             raise ImportError("adasplash needs a GPU")
         from adasplash import adasplash
 
-        return lambda q, k, v: adasplash(q, k, v, alpha=1.5)
+        lengths = torch.full((max(1, TOKENS // n),), n, device=plan.device, dtype=torch.int32)  # else powers of two only
+        return lambda q, k, v: adasplash(q, k, v, alpha=1.5, is_causal=False, varlen=lengths)
     raise ValueError(f"unknown variant {name!r}")
 
 
@@ -193,7 +194,7 @@ def attention_others(plan: Plan, clock: Clock, table: Table) -> None:
         items = [(plan, name, n, grad) for n in compiled[1] for name in COMPILED for grad in (False, True)]
         for outcome in each(compile_one, items, min(plan.processes, len(items)), Clock(min(60.0, clock.left() / 3))):
             if outcome.error:
-                print(f"compiling {outcome.item[1:]}: {outcome.error.strip().splitlines()[-1]}")
+                print(f"compiling {outcome.item[1:]}: {outcome.error.splitlines()[0]}")
         print(f"compiled after {clock.spent():.0f} s", flush=True)
     slow: set[tuple[str, bool]] = set()
     for names, lengths in (plain, compiled, others):

@@ -118,6 +118,7 @@ def origin(packs: tuple[Path, ...] = ()) -> Row:
     """`svit_utils.provenance` with the GPU's driver, CUDA and Triton; the commit of the pack where there is no git."""
     found = provenance(cuda=torch.version.cuda or "", driver=_driver(), triton=_version("triton"))
     del found["seed"]
+    found["command"] = found["command"].replace("python -m gpu", "python -m benchmarks.gpu")
     if not found["commit"]:
         for about in map(about_pack, packs):
             if about:

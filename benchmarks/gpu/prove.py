@@ -267,8 +267,7 @@ def _of_error(outcome: Outcome) -> Row:
     what = outcome.item[0]
     case = what if isinstance(what, str) else f"{what[0]} and {len(what) - 1} more"
     print(outcome.error, flush=True)
-    last = outcome.error.strip().splitlines()[-1] if outcome.error.strip() else ""
-    return {"case": case, "passed": False, "error": last[:300]}
+    return {"case": case, "passed": False, "error": outcome.error.splitlines()[0]}
 
 
 def summary(rows: list[Row], planned: int, clock: Clock) -> str:

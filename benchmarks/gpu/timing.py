@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.gpu.plan import Row
+from benchmarks.gpu.workers import one_line
 
 Call = Callable[[], object]
 
@@ -73,5 +74,4 @@ def reason(error: Exception) -> str:
     """Why something could not be measured, in one line for the table."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
+    return one_line(error)[:200]

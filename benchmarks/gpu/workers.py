@@ -5,6 +5,7 @@ A process that dies, or whose CUDA context is lost, takes one item with it and i
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import traceback
@@ -23,7 +24,7 @@ _SETTINGS = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUBL
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an item: its result, or the error as text. Neither where the time ran out before its turn."""
+    """What became of an item: its result, or the error: its kind and first line, then the traceback."""
 
     item: Any
     result: Any = None
@@ -57,8 +58,14 @@ def each(
 def _attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
     try:
         return Outcome(item, function(item))
-    except Exception:  # an assertion, a CUDA error, a compiler's: all are findings
-        return Outcome(item, error=traceback.format_exc())
+    except Exception as error:  # an assertion, a CUDA error, a compiler's: all are findings
+        return Outcome(item, error=f"{one_line(error)}\n{traceback.format_exc()}")
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])[:300]
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
@@ -90,7 +97,8 @@ def _in_processes(
             while items and idle:
                 pipe, process = idle.pop()
                 busy[pipe] = (process, items.pop(0))
-                pipe.send(busy[pipe][1])
+                with contextlib.suppress(OSError):  # it died before its first item, which it takes with it
+                    pipe.send(busy[pipe][1])
             for ready in wait(list(busy), timeout=max(0.0, min(clock.left(), 1.0))):
                 assert isinstance(ready, Connection)
                 pipe = ready
@@ -117,6 +125,6 @@ def _received(pipe: Connection, process: Any, item: Any) -> Outcome:
     try:
         result, error = pipe.recv()
         return Outcome(item, result, error)
-    except EOFError:
+    except (EOFError, OSError):
         process.join()
         return Outcome(item, error=f"the process died with exit code {process.exitcode}")
