@@ -1,6 +1,7 @@
 """Accuracy, image by image, so that two models can be compared on the same pictures."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from svit_utils.attention import TokenSparsityTracker, sparse_modules
+from svit_utils.training.sharding import is_sharded
 from svit_utils.training.stops import outlast_signals
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ def evaluate_together(
     loss, predicted, truth = 0.0, torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
     if len(own):
         loss, predicted, truth = _answers(model, Subset(dataset, own), batch_size, precision, num_workers, False)
+    if is_sharded(model) and math.ceil(len(own) / batch_size) < math.ceil(math.ceil(n / processes) / batch_size):
+        _answers(model, Subset(dataset, [0]), 1, precision, 0, False)  # a sharded model runs in all processes at once
     found = gather_object([(loss, predicted, truth)])
     merged = torch.empty(2, n, dtype=torch.long)
     for rank, (_, *answers) in enumerate(found):

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from svit_utils.attention import Normaliser, sparse_modules
 from svit_utils.attention.normalisers import ThresholdedSoftmax
 from svit_utils.training.config import TrainConfig
+from svit_utils.training.sharding import whole
 
 UNSURE = ("labels", "data settings", "validation")  # null where nothing can be said
 FREE = ("checkpoint_every", "log_every", "num_workers")  # these may change between two halves of a run
@@ -187,7 +188,7 @@ def sample_difference(old: dict[str, Tensor], new: dict[str, Tensor], values: bo
 
 
 def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return whole(value.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _digest(*parts: str | bytes) -> str:

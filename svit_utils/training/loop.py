@@ -60,7 +60,8 @@ def train(
     the weights (with ``ema_decay``, the averaged ones) that were best on validation, judged at the full tau. A run that
     was killed goes on from its checkpoint; Ctrl-C and SIGTERM let the step end and write one. With one thread on a CPU
     it ends with the same weights, bit for bit, as one in one go. A finished run is loaded, not repeated. The model is
-    left in eval mode with its last weights. Started by torchrun or Accelerate, all processes call this alike.
+    left in eval mode with its last weights. Started by torchrun or Accelerate, all processes call this alike,
+    with a model of their own or one spread by torch's ``fully_shard``.
 
     Args:
         model: images [B, 3, H, W] to logits [B, classes].

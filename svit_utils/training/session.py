@@ -24,6 +24,7 @@ from svit_utils.training.order import DataOrder
 from svit_utils.training.outputs import locked, writing
 from svit_utils.training.processes import by_main, start
 from svit_utils.training.recipe import Loss, distinct_thresholds, param_groups, set_tau_share
+from svit_utils.training.sharding import is_sharded, local, spread_like, whole
 from svit_utils.weights import save_weights, state_difference
 
 
@@ -76,10 +77,14 @@ class Session:
         if folder is not None:
             by_main(accelerator, lambda: stack.enter_context(locked(folder)))
         order = DataOrder(len(train_set), config, accelerator.process_index, accelerator.num_processes)  # type: ignore[arg-type]
-        model.to(accelerator.device)
+        self.sharded = is_sharded(model)
+        if self.sharded and config.ema_decay is not None:
+            raise ValueError("ema_decay does not go with fully_shard, which allows no copy of the model")
+        if not self.sharded:
+            model.to(accelerator.device)
         self.thresholds = distinct_thresholds(model)
         set_tau_share(self.thresholds, 1.0)  # before the copy that becomes the average
-        if self.is_main:
+        if self.is_main and not self.sharded:  # a sharded model runs in all processes at once
             warn_of_empty_rows(model, train_set, config.precision)
         _seed_everything(config.seed + accelerator.process_index)
 
@@ -87,7 +92,7 @@ class Session:
         self.peak_lrs = [group["lr"] for group in self.optimiser.param_groups]
         # With timm's warm-up of the decay, else the average of a short run would be mostly its start.
         self.ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
-        self.prepared = accelerator.prepare_model(model)
+        self.prepared = model if self.sharded else accelerator.prepare_model(model)
         self.prepared_optimiser = accelerator.prepare_optimizer(self.optimiser)
         self.forward = torch.compile(self.prepared) if config.compile else self.prepared
         self.loss = Loss(model, config)
@@ -124,12 +129,17 @@ class Session:
         if state is None:
             return None
         with checkpoints.refusing(folder / checkpoints.CHECKPOINT):
-            self.optimiser.load_state_dict(
-                {"state": state["optimiser"]["state"], "param_groups": self.optimiser.state_dict()["param_groups"]}
-            )
+            parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+            moments = {
+                index: {name: spread_like(value, parameters[index]) for name, value in values.items()}
+                for index, values in sorted(state["optimiser"]["state"].items())
+            }
+            groups = self.optimiser.state_dict()["param_groups"]  # the recipe's, not the file's
+            self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
-            self.model.load_state_dict(state["model"])
+            own = self.model.state_dict()
+            self.model.load_state_dict({name: spread_like(state["model"][name], own[name]) for name in own})
         self.progress, self.sample = Progress(**state["run"]), state["sample"]
         return state["random"]
 
@@ -179,9 +189,11 @@ class Session:
 
     def keep(self, model: nn.Module, name: str) -> None:
         """Write a model's weights into the folder, if there is one; raises `OutputError`, as on a full disk."""
-        if self.folder is not None and self.is_main:
-            with writing(self.folder / name):
-                save_weights(model, self.folder / name)
+        if self.folder is not None and (self.is_main or self.sharded):
+            state = whole(model.state_dict())
+            if self.is_main:
+                with writing(self.folder / name):
+                    save_weights(state, self.folder / name)
 
     def save(self) -> None:
         """Write a checkpoint, if there is a folder.
@@ -190,14 +202,18 @@ class Session:
             NonFiniteLossError: a weight is NaN or infinite; the last checkpoint stays.
             OutputError: it cannot be written; the last checkpoint stays.
         """
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        finite = all(bool(torch.isfinite(local(p)).all()) for p in self.model.parameters())
+        if not all(gather_object([finite])):
             raise self.non_finite("the weights are not finite")
         randoms = gather_object([checkpoints.random_state()])
-        if self.folder is not None and self.is_main:
+        if self.folder is None or not (self.is_main or self.sharded):
+            return
+        model, optimiser = whole(self.model.state_dict()), whole(self.optimiser.state_dict())
+        if self.is_main:
             content = {
                 "fingerprint": self.fingerprint,
-                "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                "model": model,
+                "optimiser": optimiser,
                 "ema": None if self.ema is None else self.ema.state_dict(),
                 "run": asdict(self.progress),
                 "random": randoms,

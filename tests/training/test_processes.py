@@ -81,6 +81,35 @@ class Ends(Noted):
         return item
 
 
+def sharded(per: str) -> VisionTransformer:
+    from accelerate import PartialState
+    from torch.distributed.fsdp import fully_shard
+
+    PartialState(cpu=True)  # starts gloo, as train would
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    model = micro_vit(per)
+    if per != "model":  # a parameter that blocks share belongs to the whole model
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sharded_runs(folder: Path, per: str, rank: int) -> dict[str, Any]:
+    """One that is stopped and goes on, and one in one go: do they end alike, and what were the curves?"""
+    from svit_utils.training.sharding import whole
+
+    config = replace(CONFIG, batch_size=4, ema_decay=None)
+    ends = []
+    for name, data in (("stopped", Ends(signal.SIGTERM, rank == 1)), ("stopped", Noted(40)), ("whole", Noted(40))):
+        model = sharded(per)
+        try:
+            result = train(model, data, Noted(VALIDATION), config, out_dir=folder / name, progress=False)
+            ends.append({key: value.tolist() for key, value in whole(model.state_dict()).items()})
+        except Stopped as stopped:
+            ends.append(str(stopped))
+    return {"ends": ends, "history": result.history}
+
+
 def worker(folder: Path, again: bool) -> None:
     """What each of two processes does; ``again`` after one was killed."""
     torch.set_num_threads(1)
@@ -95,6 +124,8 @@ def worker(folder: Path, again: bool) -> None:
         except Stopped as stopped:
             found["stopped"] = str(stopped)
         one_run(folder / "signalled", "head", 4)
+        for per in LEARNED:
+            found[f"sharded {per}"] = sharded_runs(folder / f"sharded {per}", per, rank)
         (folder / f"rank{rank}.json").write_text(json.dumps(found))
     one_run(folder / "killed", "head", 4, Ends(signal.SIGKILL, active=rank == 1 and not again))
 
@@ -143,6 +174,26 @@ def test_the_curve_is_that_of_one_process(together: Any, per: str) -> None:
     taus = [value for name, value in micro_vit(per).state_dict().items() if "threshold" in name]
     moved = [value for name, value in model.state_dict().items() if "threshold" in name]
     assert taus and all(not torch.equal(a, b) for a, b in zip(taus, moved)), "tau was trained"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per", LEARNED)
+def test_a_sharded_model_does_the_same(together: Any, per: str) -> None:
+    """With ``fully_shard`` (FSDP2), which refuses parameters without a dimension, as a learned tau once was."""
+    folder, ranks = together
+    model, val = micro_vit(per), Noted(VALIDATION)
+    result = train(model, Noted(40), val, replace(CONFIG, ema_decay=None), progress=False)
+    for rank in ranks:
+        stopped, resumed, in_one_go = rank[f"sharded {per}"]["ends"]
+        assert "stopped by SIGTERM after step" in stopped and resumed == in_one_go, "bit for bit"
+        for name in ("loss", "val_accuracy", "val_loss"):
+            curve = [row[name] for row in rank[f"sharded {per}"]["history"] if name in row]
+            expected = [row[name] for row in result.history if name in row]
+            np.testing.assert_allclose(curve, expected, rtol=2e-4, atol=1e-6, err_msg=name)
+        for name, value in model.state_dict().items():
+            np.testing.assert_allclose(in_one_go[name], value.tolist(), atol=1e-3, err_msg=name)
+    kept = load_file(folder / f"sharded {per}" / "whole" / "last.safetensors")
+    assert {name: value.shape for name, value in kept.items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 @pytest.mark.slow
