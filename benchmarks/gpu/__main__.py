@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace, wanted: list[str]) -> int:
         if part == "prove":
             failed = not prove.run(plan)
             if failed and not options.keep_going:
-                print("a proof failed: the rest is not run (--keep-going runs it all the same)")
+                print("not proved: the rest is not run (--keep-going runs it all the same)")
                 break
         else:
             (measure if part == "measure" else train).run(plan)

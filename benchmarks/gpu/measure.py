@@ -35,6 +35,7 @@ SETS = 3  # of inputs, taken in turn: together larger than the cache
 MAIN = ("sdpa", "sdpa, PyTorch's choice", "triton")
 COMPILED = ("plain, compiled", "flex, two passes")
 OTHERS = ("entmax15", "adasplash", "top-k")
+REP_MS = 60.0  # of calls that are timed, for each median
 SLOWEST_MS = 400.0  # a variant that took longer is not measured at greater lengths
 Attention = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -84,7 +85,8 @@ def variant(name: str, plan: Plan, n: int) -> Attention:
             raise ImportError("adasplash needs a GPU")
         from adasplash import adasplash
 
-        lengths = torch.full((max(1, TOKENS // n),), n, device=plan.device, dtype=torch.int32)  # else powers of two only
+        # Without lengths it takes powers of two only.
+        lengths = torch.full((max(1, TOKENS // n),), n, device=plan.device, dtype=torch.int32)
         return lambda q, k, v: adasplash(q, k, v, alpha=1.5, is_causal=False, varlen=lengths)
     raise ValueError(f"unknown variant {name!r}")
 
@@ -128,9 +130,9 @@ def compare(plan: Plan, n: int, logits: str, grad: bool, names: tuple[str, ...])
             attention = variant(name, plan, n)
             calls = [partial(call, attention, tensors) for tensors in sets]
             row["peak_growth_mib"] = peak_growth_mib(calls[0], plan.device)
-            row |= median_ms(calls, plan.device)
+            row |= median_ms(calls, plan.device, REP_MS)
             if name in MAIN and not plan.small:
-                row["graph_ms"] = graph_ms(calls)
+                row["graph_ms"] = graph_ms(calls, REP_MS)
             if name == "triton":
                 row["tiles_visited"] = tiles_visited(*sets[0])
         except Exception as error:  # no memory, no package, no compiler: the table says so

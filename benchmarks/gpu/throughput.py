@@ -127,7 +127,7 @@ def training_row(
 
 
 def run(plan: Plan, pictures: Pictures, clock: Clock) -> None:
-    """Write ``throughput.csv``: Pillow, the device, DeiT-Tiny eager and captured, ViT-Base; each once."""
+    """Begin ``throughput.csv`` anew: pictures from Pillow and on the device, DeiT-Tiny eager and captured."""
     table = Table(plan.out / "throughput.csv", plan)
     table.keep(lambda row: row.get("size") != plan.size)
     seconds = 2.0 if not plan.small else 0.1
@@ -141,21 +141,32 @@ def run(plan: Plan, pictures: Pictures, clock: Clock) -> None:
     table.add({"what": "pictures, on the device", "images_per_second": round(found, 1)})
     print(f"{table.rows[-1]['what']}: {found:.0f} images/s", flush=True)
     full, plain = Mode(compile=True, graph=True), Mode(compile=False, graph=False)
-    todo = [(targets.DEIT, variant, 256, mode) for mode in (plain, full) for variant in ("dense", "sparse")]
-    todo += [(BASE, variant, 128, full) for variant in ("dense", "sparse")]
-    if plan.small:
-        todo = [(targets.DEIT, variant, 4, plain) for variant in ("dense", "sparse")]
-    for name, variant, batch, mode in todo:
-        of_base = min(20.0, 0.05 * plan.train_seconds)  # one epoch would take longer; memory shows at once
-        if not clock.allows(30.0 if mode == full else 5.0):
-            continue
-        try:
-            row = training_row(plan, name, variant, pictures, batch, mode, of_base if name == BASE else seconds)
-        except torch.cuda.OutOfMemoryError as error:
-            row = {"what": "training step", "model": name, "variant": variant, "batch": batch, "note": reason(error)}
-        table.add(row)
-        print(
-            f"{name} {variant:6s} batch {batch}, {row.get('mode')}: {row.get('images_per_second', row.get('note'))} "
-            f"images/s, peak {row.get('peak_mib')} MiB, prepared in {row.get('seconds_to_prepare')} s",
-            flush=True,
-        )
+    for mode in (plain,) if plan.small else (plain, full):
+        for variant in ("dense", "sparse"):
+            if clock.allows(30.0 if mode == full else 5.0):
+                add_training(plan, table, targets.DEIT, variant, pictures, 4 if plan.small else 256, mode, seconds)
+
+
+def base(plan: Plan, pictures: Pictures, clock: Clock) -> None:
+    """ViT-Base from random weights, for an epoch or for as long as a share of the budget: rate and memory only."""
+    table = Table(plan.out / "throughput.csv", plan)
+    for variant in ("dense", "sparse") if not plan.small else ():
+        seconds = min(60.0, 0.04 * plan.train_seconds)
+        if clock.allows(30.0 + seconds):
+            add_training(plan, table, BASE, variant, pictures, 128, Mode(compile=True, graph=True), seconds)
+
+
+def add_training(
+    plan: Plan, table: Table, name: str, variant: str, pictures: Pictures, batch: int, mode: Mode, seconds: float
+) -> None:
+    """Measure, write and print `training_row`, or that there is not memory enough."""
+    try:
+        row = training_row(plan, name, variant, pictures, batch, mode, seconds)
+    except torch.cuda.OutOfMemoryError as error:
+        row = {"what": "training step", "model": name, "variant": variant, "batch": batch, "note": reason(error)}
+    table.add(row)
+    print(
+        f"{name} {variant:6s} batch {batch}, {row.get('mode')}: {row.get('images_per_second', row.get('note'))} "
+        f"images/s, peak {row.get('peak_mib')} MiB, prepared in {row.get('seconds_to_prepare')} s",
+        flush=True,
+    )

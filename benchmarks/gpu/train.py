@@ -26,6 +26,7 @@ def run(plan: Plan) -> None:
         print(f"{data.source}: {sizes} pictures on the device after {clock.spent():.0f} s", flush=True)
         throughput.run(plan, data.train, clock)
         deit.run(plan, data, clock)
+        throughput.base(plan, data.train, clock)
     planted.run(plan, clock)
     print(f"trained for {clock.spent():.0f} s")
     targets.run(plan)
