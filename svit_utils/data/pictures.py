@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from svit_utils.data.errors import DamagedDataError, DataNotFoundError
 
@@ -100,7 +101,7 @@ def _pictures(folder: Path, above: set[Path]) -> list[str]:
     return [os.path.join(here, name) for here, names in sorted(found) for name in names]
 
 
-class ClassFolders:
+class ClassFolders(Dataset):
     """(picture, label) for each picture file below ``root/<class>``, as torchvision's ImageFolder gives them.
 
     Attributes:
