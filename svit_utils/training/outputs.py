@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 from safetensors import SafetensorError
 
 LOCK = "run.lock"
@@ -134,6 +133,8 @@ def _read(file: int) -> dict[str, Any]:
 
 
 def _own_name() -> dict[str, Any]:
+    import psutil
+
     return {
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
@@ -146,6 +147,8 @@ def _own_name() -> dict[str, Any]:
 
 def _alive(holder: dict[str, Any]) -> bool:
     """Whether the holder of a lock may still be running. Of another machine nothing is known, so it may."""
+    import psutil
+
     if holder.get("host") != socket.gethostname():
         return holder.get("job") is None or holder.get("job") != os.environ.get("SLURM_JOB_ID")
     try:

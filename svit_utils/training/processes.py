@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
@@ -60,7 +60,9 @@ def _asked_of_accelerate() -> int:
     """
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which every `accelerate launch` sets
         return 1
-    try:
+    import psutil  # not at the top: most runs never get here
+
+    with suppress(psutil.Error):
         for parent in psutil.Process().parents()[:3]:
             words = [word.replace("-", "_") for word in parent.cmdline()]
             if "launch" in words and any("accelerate" in word for word in words):
@@ -68,6 +70,4 @@ def _asked_of_accelerate() -> int:
                     name, _, value = word.partition("=")
                     if name == "__num_processes" and (value or following).isdigit():
                         return int(value or following)
-    except psutil.Error:
-        pass
     return 1
