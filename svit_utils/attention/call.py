@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svit_utils.attention.formula import cut_and_renormalise, effective_tau, statistics_dtype
+from svit_utils.attention.formula import cut_and_renormalise, level_of_cut, statistics_dtype
 from svit_utils.attention.masks import allowed_keys
 from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, resolve_threshold
 
@@ -51,8 +51,7 @@ class Call:
 
     def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
         """The threshold each row was cut at, broadcastable to [B, H, N, 1]."""
-        del weights
-        return effective_tau(scores.softmax(dim=-1), self.tau, self.empty_rows)
+        return level_of_cut(scores, self.tau, self.empty_rows)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:

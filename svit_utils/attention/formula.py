@@ -72,6 +72,11 @@ def effective_tau(probs: Tensor, tau: Tensor | float, empty_rows: str) -> Tensor
     return torch.where(half_max < tau, half_max, tau)
 
 
+def level_of_cut(scores: Tensor, tau: Tensor | float, empty_rows: str) -> Tensor | float:
+    """`effective_tau` of scores [..., N, M]; their softmax is only computed where it is needed."""
+    return effective_tau(scores.softmax(dim=-1), tau, empty_rows) if empty_rows == "cap" else tau
+
+
 def masked_softmax(scores: Tensor) -> Tensor:
     """Softmax whose fully masked rows are 0 with gradient 0 (as in SDPA), where plain softmax gives NaN."""
     dead = fully_masked(scores)

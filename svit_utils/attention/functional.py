@@ -98,8 +98,7 @@ def attention_record(
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionRecord:
     dropout = partial(F.dropout, p=call.dropout_p) if call.dropout_p else None
-    masks = {"attn_mask": call.attn_mask, "is_causal": call.is_causal}
-    return attend(q, k, v, call, scale=call.scale, dropout=dropout, **masks)  # type: ignore[arg-type]
+    return attend(q, k, v, call, scale=call.scale, attn_mask=call.attn_mask, is_causal=call.is_causal, dropout=dropout)
 
 
 def backends() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svit_utils.attention.formula import cut_and_renormalise, effective_tau, renormalise
+from svit_utils.attention.formula import cut_and_renormalise, effective_tau, level_of_cut, renormalise
 from svit_utils.attention.thresholds import THRESHOLDS, Threshold, ThresholdLike, as_threshold, check_empty_rows
 
 # Sorting all 197 keys of a row would be most of the work; a row with more survivors than this is sorted whole.
@@ -152,7 +152,7 @@ class _Cutting(Normaliser):
         return self.threshold((scores != -torch.inf).sum(dim=-1, keepdim=True))
 
     def cut_at(self, scores: Tensor, weights: Tensor) -> Tensor | float:
-        return effective_tau(scores.softmax(dim=-1), self.tau(scores), self.empty_rows)
+        return level_of_cut(scores, self.tau(scores), self.empty_rows)
 
 
 class ThresholdedSoftmax(_Cutting):

@@ -69,13 +69,11 @@ def attend(
         scores = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)  # [B, H, N, M]
         scores, allowed = mask_scores(scores, attn_mask, is_causal)
         if allowed is None:
-            weights = normaliser.weights(scores)  # [B, H, N, M]
+            undropped = normaliser.weights(scores)  # [B, H, N, M]
         else:
             dead = fully_masked(scores)  # [B, H, N, 1]
-            weights = normaliser.weights(scores.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
-        undropped = weights
-        if dropout is not None:
-            weights = dropout(weights)
+            undropped = normaliser.weights(scores.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
+        weights = undropped if dropout is None else dropout(undropped)
         out = (weights @ v.to(dtype)).to(v.dtype)  # [B, H, N, Dv]
     return AttentionRecord(out, weights, undropped, scores, allowed, v, normaliser)
 

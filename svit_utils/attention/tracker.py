@@ -20,7 +20,6 @@ from torch import nn
 
 from svit_utils.attention.module import RowObserver, SparseAttentionMixin
 from svit_utils.attention.rows import AttentionRows
-from svit_utils.attention.surgery import sparse_modules
 from svit_utils.files import write_file
 
 if TYPE_CHECKING:
@@ -75,13 +74,12 @@ class TokenSparsityTracker:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = sparse_modules(model)
-        if not self._modules:
+        modules = model.named_modules(remove_duplicate=False)  # a module used in several places has a name for each
+        found = [(name, module) for name, module in modules if isinstance(module, SparseAttentionMixin)]
+        if not found:
             raise ValueError("the model has no sparse attention to track; call sparsify(model, threshold) first")
-        # Every place of a module, in the order of the calls; usually one.
-        places = model.named_modules(remove_duplicate=False)
-        self._names = [name for name, module in places if module in self._modules.values()]
-        self._observers = {module: self._observer_of(model, module) for module in self._modules.values()}
+        self._names = [name for name, _ in found]
+        self._observers = {m: self._observer_of([name for name, other in found if other is m]) for _, m in found}
         self._has_class_token = has_class_token(model)
         self._totals: dict[tuple[str, str], _Totals] = {}
 
@@ -168,9 +166,9 @@ class TokenSparsityTracker:
         content = {"summary": asdict(self.summary()), "table": self.table().to_dict(orient="records")}
         return write_file(path, json.dumps(content, indent=1) + "\n")
 
-    def _observer_of(self, model: nn.Module, module: nn.Module) -> RowObserver:
-        """What is called at each call of ``module``: it goes through the module's names in turn."""
-        names = cycle(name for name, other in model.named_modules(remove_duplicate=False) if other is module)
+    def _observer_of(self, places: list[str]) -> RowObserver:
+        """What is called at each call of a module: the calls belong to its places in turn."""
+        names = cycle(places)
 
         def observe(_: SparseAttentionMixin, rows: AttentionRows) -> None:
             if torch._C._current_graph_task_id() != -1:

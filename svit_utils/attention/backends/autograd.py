@@ -50,8 +50,7 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call, need: bool) -> t
     """
     settings = flat(call, q)
     if differentiates(q, k, v, settings[0]):
-        results: tuple[Tensor, ...] = Forward.apply(name, q, k, v, *settings, need)
-        return results
+        return Forward.apply(name, q, k, v, *settings, need)
     return _op(name, q)(q, k, v, *settings, need)
 
 

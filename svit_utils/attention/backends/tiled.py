@@ -30,7 +30,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, statistics: bool = Fa
 
 def unfit(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str:
     """Why this backend cannot serve a call; empty if it can."""
-    del k, v, dropout_p
     if q.device.type not in ("cpu", "meta"):
         return f"runs on the CPU, but q is on {q.device}: use backend='auto'"
     return "" if q.dtype in DTYPES else f"takes floating-point tensors, but q is {q.dtype}"
@@ -136,8 +135,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[T
 def tiled_attention_backward(
     grad: Tensor, out: Tensor, rows: Tensor, more: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward pass as one op; see `backward`."""
-    del rows, more  # statistics, which nothing is differentiated through, and nothing
+    """The backward pass as one op; see `backward`. It computes again what ``rows`` and ``more`` could say."""
     with no_autocast("cpu"):
         return backward(grad, out, q, k, v, from_flat(settings), _seed(settings))
 

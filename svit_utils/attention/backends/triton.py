@@ -32,6 +32,7 @@ SAVED = 8  # numbers per row, see `kernels`
 REGULAR, FALLBACK, CAPPED = 0, 1, 2  # kinds of row
 SKIP_TILES = True
 STAGES = 2  # tiles under way at once: a third one would not fit beside heads 128 wide
+INSTALLED = importlib.util.find_spec("triton") is not None  # looked up once: torch.compile cannot trace the search
 OLDEST = (8, 0)  # compute capability; older GPUs, such as the T4, have too little shared memory for these tiles
 
 
@@ -74,7 +75,7 @@ def _tile_side(x: int) -> int:
 
 def unavailable(device: torch.device) -> str:
     """Why the kernels cannot run on this device; empty if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "triton is not installed (it comes with PyTorch's CUDA builds on Linux)"
     if device.type != "cuda" and not _interpreted():
         return f"q is on {device}: it runs on CUDA devices, and elsewhere only under TRITON_INTERPRET=1"
