@@ -20,10 +20,11 @@ def distractor_regions(images_with: Tensor, images_without: Tensor, masks: Tenso
 
 
 def distractor_mass(maps: Tensor, images_with: Tensor, images_without: Tensor, masks: Tensor) -> Tensor:
-    """Share of each map's positive part that lies on the distractors: [B] in [0, 1]; arguments as `distractor_regions`.
+    """Share of each map's positive part that lies on the distractors: [B] in [0, 1].
 
-    NaN for a picture that shows no distractor (all of them behind the object), where 0 would look like a good score.
-    Compare with `distractor_share`, the score of the uniform map.
+    ``maps`` are [B, h, w], on their own grid as for `energy_in_mask`; the rest is as for `distractor_regions`. NaN for
+    a picture that shows no distractor (all of them behind the object), where 0 would look like a good score. Compare
+    with `distractor_share`, the score of the uniform map.
     """
     regions = distractor_regions(images_with, images_without, masks)
     seen = regions.flatten(1).any(dim=1)  # [B]

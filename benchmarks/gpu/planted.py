@@ -19,7 +19,7 @@ from benchmarks.gpu.plan import Clock, Plan, Row, Table
 from benchmarks.gpu.runs import Data, Engines, Kind, beside_training, fits, follow, record, state_of
 from benchmarks.gpu.workers import each
 from svit_utils.data import PlantedShapes
-from svit_utils.explain import attention_maps, displayed, rollout_matrix, token_grid, upsample
+from svit_utils.explain import attention_maps, displayed, rollout_matrix, token_grid
 from svit_utils.explain.grid import read_out
 from svit_utils.models import SMALL_VIT, load_embedded
 from svit_utils.referee import localisation_scores
@@ -122,14 +122,13 @@ def maps(engine: Engine, x: Tensor, dense: bool) -> dict[str, Tensor]:
 
 def scores(engine: Engine, data: Planted, dense: bool) -> Row:
     """The referee's localisation scores of each map, means over the first test pictures."""
-    size = (data.masks.shape[-2], data.masks.shape[-1])
     parts: dict[str, list[Tensor]] = {}
     scored = torch.arange(min(SCORED, len(data.test)), device=engine.device)
     with eager(engine.model):
         for index in scored.split(50):
             x, mask = data.test.batch(index)[0], data.masks[index.cpu()]
             for name, values in maps(engine, x, dense).items():
-                for metric, score in localisation_scores(upsample(values.float(), size), mask).items():
+                for metric, score in localisation_scores(values.float(), mask).items():
                     parts.setdefault(f"{name}_{metric}", []).append(score)
     return {name: round(float(torch.cat(found).mean()), 4) for name, found in parts.items()}
 

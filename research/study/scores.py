@@ -33,6 +33,15 @@ from svit_utils.referee import (
 TAU = 0.01
 
 
+def as_recorded(maps: Tensor, masks: Tensor) -> Tensor:
+    """Maps [B, h, w] as this study scored them against masks [B, H, W]: enlarged bilinearly to [B, H, W].
+
+    That drives maxima to the border, and was a mistake (the erratum in results/study/PLAN.md). It stays here because
+    the scores in results/study are of such maps; anything new is scored on the maps' own grid.
+    """
+    return upsample(maps, (masks.shape[-2], masks.shape[-1]))
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained run: its kind, model and test pictures, and for a dense one the ``sparse`` model with the same seed."""
@@ -78,7 +87,6 @@ def localisation(trained: Trained, study: Study) -> Scores:
     """Do the maps lie on the object? Four scores per image for each map, means for every layer and head."""
     scores = Scores()
     images, _, masks = PlantedShapes("test").batch(study.localisation)[:3]
-    size = (masks.shape[-2], masks.shape[-1])
     found: dict[tuple[str, str], list[Tensor]] = {}
     heads: dict[tuple[int, int, str], list[Tensor]] = {}
     worst = 0.0
@@ -89,11 +97,11 @@ def localisation(trained: Trained, study: Study) -> Scores:
             signed, captum = (recipe(trained.model, x, relu=False) for recipe in (grad_cam, layer_grad_cam))
             worst = float((signed - captum).abs().max() / signed.abs().max())
         for name, maps in views.items():
-            for metric, values in localisation_scores(upsample(maps, size), mask).items():
+            for metric, values in localisation_scores(as_recorded(maps, mask), mask).items():
                 found.setdefault((name, metric), []).append(values)
         for layer in range(rows.shape[1]):
             for head in range(rows.shape[2]):
-                for metric, values in localisation_scores(upsample(rows[:, layer, head], size), mask).items():
+                for metric, values in localisation_scores(as_recorded(rows[:, layer, head], mask), mask).items():
                     heads.setdefault((layer, head, metric), []).append(values)
     for (name, metric), parts in found.items():
         scores.add_images(name, metric, torch.cat(parts))
@@ -142,11 +150,10 @@ def background(trained: Trained, study: Study) -> Scores:
     swapped = PlantedShapes("test", swap_background=True).batch(study.mass)
     plain = PlantedShapes("test").batch(study.mass)
     busy = PlantedShapes("test", distractors=4).batch(study.mass)
-    size = (plain.masks.shape[-2], plain.masks.shape[-1])
     for name, maps in model_maps(trained.model, swapped.images, trained.display_tau).items():
-        scores.add_images(name, "background_swapped", background_mass(upsample(maps, size), swapped.masks))
+        scores.add_images(name, "background_swapped", background_mass(as_recorded(maps, swapped.masks), swapped.masks))
     for name, maps in model_maps(trained.model, busy.images, trained.display_tau).items():
-        on = distractor_mass(upsample(maps, size), busy.images, plain.images, busy.masks)
+        on = distractor_mass(as_recorded(maps, busy.masks), busy.images, plain.images, busy.masks)
         scores.add_images(name, "on_distractors", on)
     scores.add_images("uniform", "on_distractors", distractor_share(busy.images, plain.images, busy.masks))
     scores.add_images("uniform", "background_swapped", 1 - swapped.masks.flatten(1).double().mean(dim=1))
@@ -214,6 +221,6 @@ def baselines(study: Study) -> Scores:
     images, _, masks = PlantedShapes("test").batch(study.localisation)[:3]
     size = (masks.shape[-2], masks.shape[-1])
     for name, maps in baseline_maps(images, (size[0] // 4, size[1] // 4)).items():
-        for metric, values in localisation_scores(upsample(maps, size), masks).items():
+        for metric, values in localisation_scores(as_recorded(maps, masks), masks).items():
             scores.add_images(name, metric, values)
     return scores

@@ -39,8 +39,9 @@ def background_accuracy(
 
 
 def background_mass(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of each map's positive part that lies outside the object, 1 - `energy_in_mask`: [B], from [B, H, W] each.
+    """Share of each map's positive part that lies outside the object, 1 - `energy_in_mask`: [B] in [0, 1].
 
-    A map without anything positive counts as uniform. Compare with the uniform map's: the background's share.
+    From maps [B, h, w] on their own grid (not enlarged bilinearly) and masks bool [B, H, W]. A map without anything
+    positive counts as uniform. Compare with the uniform map's: the background's share.
     """
     return 1 - energy_in_mask(maps, masks)

@@ -103,5 +103,5 @@ def test_bad_input():
         distractor_regions(images, without[:, 0], masks)
     with pytest.raises(ValueError, match=r"masks must be boolean, got torch\.float32"):
         distractor_regions(images, without, masks.float())
-    with pytest.raises(ValueError, match=r"both be \[B, H, W\]"):
+    with pytest.raises(ValueError, match=r"maps must be \[B, h, w\] and masks \[B, H, W\]"):
         distractor_mass(torch.zeros(2, 4, 4), images, without, masks)

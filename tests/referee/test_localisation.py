@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from svit_utils.explain import upsample
 from svit_utils.referee.baselines import random_maps
 from svit_utils.referee.localisation import (
     average_precision,
@@ -87,6 +88,99 @@ def test_average_precision_of_a_random_order_is_a_little_over_the_share():
     assert abs(found.mean() - expected) < 4 * error < 0.002
 
 
+def region(grid, cell, box):
+    """A mask [H, W] for maps of ``grid`` cells of ``cell`` pixels: rows and columns of ``box``, or the outer ring."""
+    mask = torch.zeros(grid[0] * cell[0], grid[1] * cell[1], dtype=torch.bool)
+    if box == "outer ring":
+        mask[:] = True
+        mask[cell[0] : -cell[0], cell[1] : -cell[1]] = False
+    else:
+        top, bottom, left, right = box
+        mask[top:bottom, left:right] = True
+    return mask
+
+
+# name: grid, pixels of a cell, the object's box in pixels; most cut through patches.
+PATCHES = {
+    "inside": ((14, 14), (4, 4), (19, 42, 13, 37)),
+    "one corner": ((14, 14), (4, 4), (0, 22, 0, 25)),
+    "the outer ring": ((14, 14), (4, 4), "outer ring"),
+    "one pixel": ((14, 14), (4, 4), (55, 56, 55, 56)),
+    "a wide grid": ((4, 9), (3, 2), (2, 10, 5, 17)),
+    "a tall grid, at the border": ((11, 3), (2, 5), (7, 22, 11, 15)),
+    "one row of cells": ((1, 12), (8, 3), (3, 8, 0, 10)),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_random_maps_of_patches_score_their_expectation_wherever_the_object_lies(name):
+    grid, cell, box = PATCHES[name]
+    batch, mask = 2000, region(grid, cell, box)
+    maps, masks = random_maps(batch, grid, seed=11), mask.expand(batch, -1, -1)
+    found = {key: scores.double() for key, scores in localisation_scores(maps, masks).items()}
+    on = mask.unfold(0, cell[0], cell[0]).unfold(1, cell[1], cell[1]).sum(dim=(-1, -2)).double()  # per cell
+    share, area = float(mask.double().mean()), float(on.sum())
+    # The intersection: as many random pixels as the object has, hence its share of them. IoU = i / (2 area - i).
+    found["intersection"] = 2 * found["iou_at_mask_area"] / (1 + found.pop("iou_at_mask_area"))
+    # Average precision: a cell is at rank r = 1 ... k by chance; on the object are then its own pixels and, of the
+    # r - 1 cells above it, on average their part of the other pixels.
+    cells, pixels = on.numel(), cell[0] * cell[1]
+    ranks = torch.arange(1, cells + 1).double()
+    hits = on.view(-1, 1) + (ranks - 1) / (cells - 1) * (area - on.view(-1, 1))  # [k, k], cell and rank
+    precision = float((on.view(-1, 1) / area * hits / (ranks * pixels)).sum() / cells)
+    q, h = float((on**2).sum() / area), float((1 / ranks).mean())
+    assert precision == pytest.approx((q * h + (area - q) * (1 - h) / (cells - 1)) / pixels)  # the docstring's
+    for key, scores in found.items():
+        expected = precision if key == "average_precision" else share
+        error = float(scores.std()) / batch**0.5
+        # A score in [0, 1] of mean m has a variance of at most m (1 - m); 5 % for that of a sample.
+        assert 0 < error <= 1.05 * (expected * (1 - expected) / batch) ** 0.5, key
+        assert abs(float(scores.mean()) - expected) < 4 * error, key
+
+
+@pytest.mark.parametrize("levels", [2, None])
+def test_a_map_of_patches_scores_as_the_map_of_their_pixels(levels):
+    maps = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(2))
+    maps = maps if levels is None else (maps * levels / 4).round()
+    masks = torch.rand(6, 20, 14, generator=torch.Generator().manual_seed(3)) < 0.3
+    pixels = torch.stack([torch.kron(heat, torch.ones(4, 2)) for heat in maps])  # [6, 20, 14]
+    for score in SCORES:
+        assert torch.equal(score(maps, masks), score(pixels, masks))
+
+
+def test_patches_by_hand():
+    # Two cells of four pixels. The upper one is highest; one of its pixels is on the object, two of the other's.
+    maps = torch.tensor([[[2.0], [1.0]]])
+    masks = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0]]], dtype=torch.bool)
+    scores = {name: score.item() for name, score in localisation_scores(maps, masks).items()}
+    assert scores == pytest.approx(
+        {
+            "pointing_game": 1 / 4,
+            "energy_in_mask": (2 * 1 + 1 * 2) / (4 * 2 + 4 * 1),
+            "iou_at_mask_area": (3 / 4) / (6 - 3 / 4),  # three places, all for the upper cell's four pixels
+            "average_precision": (1 / 4 + 2 * 3 / 8) / 3,
+        }
+    )
+    assert pointing_game(torch.ones(1, 2, 1), masks).item() == 3 / 8, "tied patches: the mean"
+
+
+def test_bilinear_enlargement_drives_the_maxima_to_the_border():
+    """Why maps are scored on their own grid; the scores of the first study were taken of enlarged ones.
+
+    Of maps of different size, Quantus #296 asks the same: to be compared fairly.
+    """
+    batch, size = 2000, (56, 56)
+    maps = random_maps(batch, (14, 14), seed=4)
+    large = upsample(maps, size, mode="bilinear")
+    ring = region((14, 14), (4, 4), "outer ring").expand(batch, -1, -1)  # 52 of 196 patches
+    middle = region((14, 14), (4, 4), (16, 40, 16, 40)).expand(batch, -1, -1)  # 36 of 196
+    for masks, share, biased in ((ring, 52 / 196, 0.64), (middle, 36 / 196, 0.08)):
+        error = (share * (1 - share) / batch) ** 0.5
+        assert abs(float(pointing_game(maps, masks).mean()) - share) < 4 * error
+        found = float(pointing_game(large, masks).mean())
+        assert abs(found - share) > 8 * error and abs(found - biased) < 4 * error
+
+
 @pytest.mark.parametrize("levels", [2, 5, 50, None])
 def test_average_precision_is_that_of_scikit_learn(levels):
     generator = torch.Generator().manual_seed(7)
@@ -145,8 +239,15 @@ def test_partial_overlap_by_hand():
 
 @pytest.mark.parametrize("score", SCORES)
 def test_bad_input(score):
-    with pytest.raises(ValueError, match=r"both be \[B, H, W\], got \(3, 4, 6\) and \(3, 20, 30\): upsample"):
-        score(torch.zeros(3, 4, 6), MASKS)
+    # Cells that are not whole pixels, maps finer than the masks, other batches, another rank.
+    for shape in ((3, 4, 7), (3, 8, 6), (3, 40, 60), (2, 20, 30), (1, 4, 6)):
+        given = rf"got \({shape[0]}, {shape[1]}, {shape[2]}\) and \(3, 20, 30\)"
+        with pytest.raises(ValueError, match=given + r": enlarge the maps .* upsample\(maps, size, mode=\"nearest\"\)"):
+            score(torch.zeros(shape), MASKS)
+    with pytest.raises(ValueError, match=r"maps must be \[B, h, w\] and masks \[B, H, W\], .* and \(20, 30\)"):
+        score(torch.zeros(3, 4, 6), MASKS[0])
+    with pytest.raises(ValueError, match=r"maps must be \[B, h, w\], got shape \(20, 30\)"):
+        score(torch.zeros(20, 30), MASKS)
     with pytest.raises(ValueError, match=r"masks must be boolean, got torch.float32"):
         score(torch.zeros(3, 20, 30), MASKS.float())
     with pytest.raises(ValueError, match="must be finite"):
