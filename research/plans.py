@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from svit_utils.data import Difficulty
@@ -15,6 +16,18 @@ CURRICULUM = (Difficulty(brighter=1.0, shift=0.025), Difficulty(brighter=1.0, sh
 # What stands in place of the softmax, in the words of results/study/PLAN.md; a control has its normaliser beside it.
 MAIN_KINDS = ("dense", "sparse", "warmup")
 CONTROLS = {"hard_cut": "hard_cut", "top_k": "topk", "entmax15": "entmax15", "sparsemax": "sparsemax"}
+NORMALISER = {**CONTROLS, "clipped": "clipped"}  # clipped softmax came with the second study
+KINDS = (*MAIN_KINDS, *NORMALISER, "learned")
+NEVER_WARMED_UP = ("dense", "sparse")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learnable tau and the share of zeros it is held at, see `svit_utils.training.SparsityTarget`."""
+
+    per: str  # a tau for each "model", "layer" or "head"
+    target: float  # share of zeros
+    each: str = "model"  # hold the mean of the "model" at the target, or each "layer"
 
 
 @dataclass(frozen=True)
@@ -24,11 +37,16 @@ class Run:
     Attributes:
         name: unique within its experiment.
         kind: ``"dense"``; ``"sparse"``, the thresholded softmax with its full tau from the first step; ``"warmup"``,
-            the same with tau rising over ``profile.config.tau_warmup_steps``; or one of `CONTROLS`.
+            the same with tau rising over ``profile.config.tau_warmup_steps``; one of `NORMALISER`; or ``"learned"``, the
+            thresholded softmax with a `LearnableThreshold` that starts at ``profile.threshold``.
         profile: data, model, start and recipe, with the sparse attention of that kind.
         curriculum: steps in each stage of `CURRICULUM` before the recipe begins. From random weights a ViT stays at
             chance on the standard pictures for a long time; on the easier ones it starts to learn.
         save_as: name of the checkpoint to ship, if any.
+        learned: how tau is learned, for that kind.
+        teacher: name of a dense run of the same experiment whose logits this run also learns from.
+        registers: number of register tokens of the small ViT (Darcet et al. 2024, arXiv:2309.16588).
+        test_seed: of the test pictures, on PlantedShapes.
 
     Raises:
         ValueError: an unknown kind, or one that does not go with the profile.
@@ -39,19 +57,26 @@ class Run:
     profile: Profile
     curriculum: tuple[int, ...] = ()
     save_as: str | None = None
+    learned: Learned | None = None
+    teacher: str | None = None
+    registers: int = 0
+    test_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in (*MAIN_KINDS, *CONTROLS):
-            raise ValueError(f"kind must be one of {', '.join((*MAIN_KINDS, *CONTROLS))}, got {self.kind!r}")
-        if (self.kind == "warmup") != (self.profile.config.tau_warmup_steps > 0):
-            raise ValueError(f"{self.name}: tau_warmup_steps goes with the kind 'warmup', and with no other")
-        if self.profile.normaliser != CONTROLS.get(self.kind, "thresholded"):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        warmed_up = self.profile.config.tau_warmup_steps > 0
+        if (warmed_up and self.kind in NEVER_WARMED_UP) or (self.kind == "warmup" and not warmed_up):
+            raise ValueError(f"{self.name}: tau_warmup_steps does not go with the kind {self.kind!r}")
+        if (self.kind == "learned") != (self.learned is not None):
+            raise ValueError(f"{self.name}: `learned` goes with the kind 'learned', and with no other")
+        if self.profile.normaliser != NORMALISER.get(self.kind, "thresholded"):
             raise ValueError(f"{self.name}: the kind {self.kind!r} has another normaliser than the profile")
 
     @property
     def threshold(self) -> float | None:
-        """tau as recorded: of the thresholded softmax, None for the other kinds."""
-        return self.profile.threshold if self.kind in ("sparse", "warmup") else None
+        """tau as recorded: of the thresholded softmax, where it starts if it is learned; None for the other kinds."""
+        return self.profile.threshold if self.kind in ("sparse", "warmup", "learned") else None
 
     def small(self) -> Run:
         """The same run at a size that a check can repeat in seconds."""
@@ -62,7 +87,7 @@ class Run:
             steps=steps,
             batch_size=min(config.batch_size, 8),
             warmup_steps=0,
-            tau_warmup_steps=round(config.tau_warmup_steps / config.steps * steps),
+            tau_warmup_steps=math.ceil(config.tau_warmup_steps / config.steps * steps),
             compile=False,
             val_images=min(self.profile.val_images or 32, 32),
             test_images=min(self.profile.test_images or 100, 100),
@@ -83,7 +108,7 @@ class Run:
             "threshold": self.threshold,
             "tau_warmup": config.tau_warmup_steps / config.steps,
             "empty_rows": profile.empty_rows,
-            "alternative": self.kind if self.kind in CONTROLS else None,
+            "alternative": self.kind if self.kind in NORMALISER else None,
             "rho": profile.rho,
             "steps": config.steps,
             "batch_size": config.batch_size,
@@ -99,7 +124,17 @@ class Run:
             "val_images": profile.val_images,
             "test_images": profile.test_images,
             "save_as": self.save_as,
+            **self._extras(),
         }
+
+    def _extras(self) -> dict[str, Any]:
+        """What only the second study varies; nothing for the runs of the first."""
+        learned = (
+            {} if self.learned is None else {f"learned_{key}": value for key, value in asdict(self.learned).items()}
+        )
+        rates = {"threshold_lr": self.profile.config.threshold_lr}
+        others = {"teacher": self.teacher, "registers": self.registers, "test_seed": self.test_seed, **rates}
+        return learned | {key: value for key, value in others.items() if value}
 
 
 @dataclass(frozen=True)

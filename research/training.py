@@ -17,20 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
+from research.distillation import Distillation
 from research.plans import CURRICULUM, Experiment, Run
 from research.rows import replace_rows
-from svit_utils.attention import TokenSparsityTracker, sparse_modules
+from svit_utils.attention import LearnableThreshold, TokenSparsityTracker, sparse_modules
 from svit_utils.data import PlantedShapes
 from svit_utils.files import read_rows, write_file
 from svit_utils.models import load_weights, save_weights
 from svit_utils.paths import checkpoints_dir, repo_root, results_dir
 from svit_utils.provenance import provenance
 from svit_utils.records import pack
-from svit_utils.training import TrainConfig, build_data, build_model, evaluate, train
+from svit_utils.training import SparsityTarget, TrainConfig, build_data, build_model, evaluate, train
+from svit_utils.training.recipe import LossFunction
 
 TRACKED_IMAGES = 200
+CURVE_IMAGES = 500  # of the validation set, for accuracy along a run
+TARGET_WEIGHT = 30.0  # of `SparsityTarget`
 # What the tracker's summary says of a sparse model, as recorded.
 SPARSITY = ("cut_sparsity", "applied_sparsity", "empty_rate", "kept_mass", "effective_support")
 # What a shipped checkpoint says of itself, in its safetensors metadata.
@@ -100,10 +104,16 @@ def train_run(
     model = start_model(run)
     data = build_data(run.profile)
     work = work_folder(experiment, run) if size == "full" else None
-    loss = float("nan")
+    if run.test_seed:
+        data = data._replace(test=PlantedShapes("test", run.profile.test_images, seed=run.test_seed))
+    loss, curve = float("nan"), []
     for stage, (config, train_set) in enumerate(stages(run, data.train)):
         out_dir = None if work is None else work / f"stage{stage}"
-        loss = train(model, train_set, None, config, out_dir=out_dir, resume=resume).final_loss
+        watched = _first(data.val, CURVE_IMAGES) if config.eval_every else None
+        minimised = special_loss(experiment, run, model, config)
+        result = train(model, train_set, watched, config, out_dir=out_dir, resume=resume, loss=minimised)
+        loss = result.final_loss
+        curve = [[row["step"], round(row["val_accuracy"], 4)] for row in result.history if "val_accuracy" in row]
     judged: nn.Module = torch.compile(model) if run.profile.config.compile else model  # type: ignore[assignment]
     validation = evaluate(judged, data.val, batch_size=50, precision=precision)
     reported = evaluate(judged, data.test, batch_size=50, precision=precision)
@@ -116,6 +126,7 @@ def train_run(
         "test_accuracy": round(reported.accuracy, 4),
         "test_loss": round(reported.loss, 4),
         **measured_sparsity(model, data.test),
+        **({"curve": json.dumps(curve), **on_validation(model, data.val)} if curve else {}),
         "seconds": round(time.time() - started, 1),
         **{k: v for k, v in provenance().items() if k != "seed"},
     }
@@ -137,7 +148,22 @@ def trained_model(experiment: Experiment, run: Run) -> nn.Module:
 
 def start_model(run: Run) -> nn.Module:
     """The run's model before its first step, with the attention of the run's kind."""
-    return build_model(run.profile, sparse=run.kind != "dense")
+    per = None if run.learned is None else run.learned.per
+    return build_model(run.profile, sparse=run.kind != "dense", learnable=per, **_registers(run))
+
+
+def _registers(run: Run) -> dict[str, Any]:
+    return {"model_args": {"reg_tokens": run.registers}} if run.registers else {}
+
+
+def special_loss(experiment: Experiment, run: Run, model: nn.Module, config: TrainConfig) -> LossFunction | None:
+    """What the run minimises in place of the recipe's cross-entropy, if anything."""
+    if run.learned is not None:
+        return SparsityTarget(model, config, run.learned.target, each=run.learned.each, weight=TARGET_WEIGHT)
+    if run.teacher is not None:
+        teacher = next(other for other in experiment.runs if other.name == run.teacher)
+        return Distillation(trained_model(experiment, teacher), run.teacher)
+    return None
 
 
 def stages(run: Run, train_set: Dataset) -> list[tuple[TrainConfig, Dataset]]:
@@ -154,6 +180,17 @@ def stages(run: Run, train_set: Dataset) -> list[tuple[TrainConfig, Dataset]]:
         )
         easier.append((config, PlantedShapes("train", difficulty=difficulty)))
     return [*easier, (recipe, train_set)]
+
+
+def on_validation(model: nn.Module, data: Dataset) -> dict[str, Any]:
+    """What the second study chooses by, beside the accuracy: sparsity on validation, and each layer's learned tau."""
+    found: dict[str, Any] = {f"val_{name}": value for name, value in measured_sparsity(model, data).items()}
+    thresholds = [module.threshold for module in sparse_modules(model).values()]
+    taus = [each.tau.detach() for each in thresholds if isinstance(each, LearnableThreshold)]
+    if taus:
+        values = [[float(f"{value:.5g}") for value in tau.flatten().tolist()] for tau in taus]
+        found["learned_tau"] = json.dumps(values)
+    return found
 
 
 def measured_sparsity(model: nn.Module, data: Dataset) -> dict[str, float | str]:
@@ -191,3 +228,7 @@ def work_folder(experiment: Experiment, run: Run | None = None) -> Path:
     """Where an experiment, or one run of it, keeps its checkpoints and rows while it is done."""
     folder = (repo_root() or Path.cwd()) / "build" / "experiments" / experiment.name
     return folder if run is None else folder / run.name
+
+
+def _first(data: Dataset, count: int) -> Dataset:
+    return Subset(data, range(min(count, len(data))))  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from svit_utils.attention.thresholds import Threshold, ThresholdLike
 
 Observer = Callable[["SparseAttentionMixin", AttentionRecord], None]
 RowObserver = Callable[["SparseAttentionMixin", AttentionRows], None]
+InputObserver = Callable[["SparseAttentionMixin", Tensor, Tensor, Tensor | None, bool], None]
 
 
 class SparseAttentionMixin(nn.Module):
@@ -38,6 +39,8 @@ class SparseAttentionMixin(nn.Module):
         observers: callables ``f(module, record)`` called with the `AttentionRecord` of each forward pass. A record
             holds whole maps, so it is computed unfused, and the output with it.
         row_observers: callables ``f(module, rows)`` called with `AttentionRows`, which every backend provides.
+        input_observers: callables ``f(module, q, k, attn_mask, is_causal)`` called before each call is computed, with q
+            and k [B, H, N, D] as they are multiplied (normed and rotated).
     """
 
     dense_class: type[nn.Module]  # the timm class this one stands in for
@@ -46,6 +49,7 @@ class SparseAttentionMixin(nn.Module):
     backend: str
     observers: list[Observer]
     row_observers: list[RowObserver]
+    input_observers: list[InputObserver]
 
     @property
     def empty_rows(self) -> str:
@@ -65,14 +69,16 @@ class SparseAttentionMixin(nn.Module):
             own.threshold.to(parameter.device)
         self.normaliser, self.threshold, self.backend = own, own.threshold, backend
         if "observers" not in self.__dict__:
-            self.observers, self.row_observers = [], []
+            self.observers, self.row_observers, self.input_observers = [], [], []
 
     def __getstate__(self) -> dict[str, Any]:
         # Observers watch this module, not its copies: without this, deepcopy and pickle would take them along.
-        return {**self.__dict__, "observers": [], "row_observers": []}
+        return {**self.__dict__, "observers": [], "row_observers": [], "input_observers": []}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """[B, H, N, D] each to [B, H, N, D]: what stands in the place of timm's softmax(Q K^T) V."""
+        for watch in self.input_observers:
+            watch(self, q, k, attn_mask, is_causal)
         masks = {"attn_mask": attn_mask, "is_causal": is_causal}
         if self.fused_attn and not self.observers and type(self.normaliser) is ThresholdedSoftmax:
             return self._attend_fused(q, k, v, masks)

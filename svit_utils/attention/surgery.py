@@ -23,7 +23,8 @@ _SUPPORTED = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SPARSE_CLAS
 _ATTENTION_NAME = re.compile(r"att(entio)?n|parallelscaling|^xca$", re.IGNORECASE)
 _POOLING_NAME = re.compile(r"pool", re.IGNORECASE)
 # What a sparse module has and its dense twin has not.
-_SPARSE_ATTRIBUTES = ("normaliser", "threshold", "backend", "observers", "row_observers", "_dense_class")
+_OBSERVERS = ("observers", "row_observers", "input_observers")
+_SPARSE_ATTRIBUTES = ("normaliser", "threshold", "backend", *_OBSERVERS, "_dense_class")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class TrainConfig:
         schedule: ``"cosine"``, ``"onecycle"`` or ``"constant"``, see `lr_factor`.
         layer_decay: factor on the learning rate from each layer to the one below (timm's), or None.
         tau_warmup_steps: steps over which tau rises linearly from 0.
+        threshold_lr: peak learning rate of learnable thresholds; None for that of the other parameters.
         label_smoothing: in [0, 1).
         mixup, cutmix: alpha of timm's Mixup, 0 for none.
         ema_decay: decay of an exponential moving average of the weights, or None.
@@ -40,6 +41,7 @@ class TrainConfig:
     schedule: str = "cosine"
     layer_decay: float | None = None
     tau_warmup_steps: int = 0
+    threshold_lr: float | None = None
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -71,6 +73,8 @@ class TrainConfig:
             raise ValueError(f"clip_grad must be positive or None, got {self.clip_grad}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must lie in [0, 2**31), got {self.seed}")
+        if self.threshold_lr is not None and not self.threshold_lr > 0:
+            raise ValueError(f"threshold_lr must be positive or None, got {self.threshold_lr}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.schedule not in SCHEDULES:

@@ -22,7 +22,13 @@ FREE = ("checkpoint_every", "log_every", "num_workers")  # these may change betw
 
 
 def fingerprint(
-    model: nn.Module, config: TrainConfig, images: int, processes: int, data: Dataset | None = None, val: Any = None
+    model: nn.Module,
+    config: TrainConfig,
+    images: int,
+    processes: int,
+    data: Dataset | None = None,
+    val: Any = None,
+    loss: str | None = None,
 ) -> str:
     """What must be the same for a checkpoint to fit, as JSON: an entry for each thing, to be named where it differs.
 
@@ -32,6 +38,7 @@ def fingerprint(
         images: in the training set.
         processes: that share each step.
         data, val: the training and validation sets, of which nothing is read here.
+        loss: what is minimised instead of the recipe's loss, described.
     """
     recipe = {k: v for k, v in asdict(config).items() if k not in FREE}
     state = model.state_dict()
@@ -57,6 +64,7 @@ def fingerprint(
         **({} if data is None else about_data(data)),
         "validation": None if val is None else [len(val), *about_data(val).values()],
         "processes": processes,
+        **({} if loss is None else {"loss": loss}),
         **recipe,
     }
     return json.dumps(content, sort_keys=True)

@@ -17,7 +17,7 @@ from svit_utils.training.config import TrainConfig
 from svit_utils.training.evaluation import autocast, evaluate_together
 from svit_utils.training.outputs import OutputError
 from svit_utils.training.progress import Reporter
-from svit_utils.training.recipe import set_tau_share
+from svit_utils.training.recipe import LossFunction, set_tau_share
 from svit_utils.training.schedules import lr_factor, tau_factor
 from svit_utils.training.session import NonFiniteLossError, Session
 from svit_utils.training.stops import Stopped, StopRequest
@@ -53,6 +53,7 @@ def train(
     out_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
+    loss: LossFunction | None = None,
 ) -> TrainResult:
     """Train ``model`` in place; dense or sparse is decided before, by `svit_utils.sparsify`.
 
@@ -71,6 +72,8 @@ def train(
         out_dir: folder for what the run leaves; None keeps everything in memory.
         resume: go on from a checkpoint in ``out_dir``; False starts again and replaces it.
         progress: show a progress bar, or, where there is no terminal, a line now and then (standard error).
+        loss: (forward, images, labels) to the scalar to minimise, where ``forward`` is the model; by default the
+            recipe's cross-entropy. A checkpoint fits only a loss with the same ``repr``.
 
     Raises:
         Stopped: a KeyboardInterrupt, after Ctrl-C or SIGTERM; its message says from where the run can go on.
@@ -80,7 +83,8 @@ def train(
         ValueError: the training set is smaller than one batch.
     """
     with contextlib.ExitStack() as stack:  # holds the folder's lock
-        run = Session(model, train_set, val_set, config, None if out_dir is None else Path(out_dir), resume, stack)
+        folder = None if out_dir is None else Path(out_dir)
+        run = Session(model, train_set, val_set, config, folder, resume, stack, loss)
         model.train()
         _run(run, val_set, progress and run.is_main)
         run.keep(model, "last.safetensors")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -206,6 +207,7 @@ def build_model(
     learnable: str | None = None,
     layers: list[int] | None = None,
     seed: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The profile's model at its start, dense or sparse.
 
@@ -216,6 +218,7 @@ def build_model(
         learnable: with ``sparse``, train tau ``"model"``-, ``"layer"``- or ``"head"``-wise from the profile's value.
         layers: with ``sparse``, only these blocks.
         seed: of new weights (the head at least); the recipe's by default.
+        model_args: further arguments of `create_model`; not with a shipped checkpoint.
 
     Raises:
         WeightsError: the start is missing, damaged, or of another model.
@@ -224,10 +227,11 @@ def build_model(
     if profile.start in ("scratch", "pretrained") or profile.start.endswith(".safetensors"):
         size = None if profile.start == "pretrained" and profile.img_size == 224 else profile.img_size
         pretrained = profile.start == "pretrained"
-        model = create_model(profile.model, num_classes=num_classes, img_size=size, pretrained=pretrained)
+        args = dict(model_args or {})
+        model = create_model(profile.model, num_classes=num_classes, img_size=size, pretrained=pretrained, **args)
         if profile.start.endswith(".safetensors"):
             load_weights(model, profile.start)
-    elif (profile.model, num_classes) == (SMALL_VIT, 10):
+    elif (profile.model, num_classes) == (SMALL_VIT, 10) and not model_args:
         model = load_embedded(profile.start)
     else:
         raise ValueError(

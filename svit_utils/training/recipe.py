@@ -1,7 +1,7 @@
 """The recipe in the terms of torch and timm: AdamW's parameter groups, the loss, and the share of tau in force."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -27,11 +27,23 @@ def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     exempt |= {name for name, p in model.named_parameters() if id(p) in learned}
     names = tuple(sorted(exempt))
     if config.layer_decay is None:
-        return param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
-    groups = param_groups_layer_decay(
-        model, config.weight_decay, no_weight_decay_list=names, layer_decay=config.layer_decay
-    )
-    return [{**group, "lr": config.lr * group["lr_scale"]} for group in groups]
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=names)
+    else:
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, no_weight_decay_list=names, layer_decay=config.layer_decay
+        )
+        groups = [{**group, "lr": config.lr * group["lr_scale"]} for group in groups]
+    return groups if config.threshold_lr is None else _apart(groups, learned, config.threshold_lr)
+
+
+def _apart(groups: list[dict[str, Any]], learned: set[int], lr: float) -> list[dict[str, Any]]:
+    """The groups with the learned thresholds in one of their own, at the rate ``lr``."""
+    thresholds = [p for group in groups for p in group["params"] if id(p) in learned]
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in learned]} for group in groups]
+    return [*(group for group in rest if group["params"]), {"params": thresholds, "lr": lr, "weight_decay": 0.0}]
+
+
+LossFunction: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
 
 class Loss:

@@ -23,7 +23,7 @@ from svit_utils.training.metrics import Metrics
 from svit_utils.training.order import DataOrder
 from svit_utils.training.outputs import locked, writing
 from svit_utils.training.processes import by_main, start
-from svit_utils.training.recipe import Loss, distinct_thresholds, param_groups, set_tau_share
+from svit_utils.training.recipe import Loss, LossFunction, distinct_thresholds, param_groups, set_tau_share
 from svit_utils.training.sharding import is_sharded, local, spread_like, whole
 from svit_utils.weights import save_weights, state_difference
 
@@ -70,6 +70,7 @@ class Session:
         folder: Path | None,
         resume: bool,
         stack: ExitStack,
+        loss: LossFunction | None = None,
     ) -> None:
         accelerator = self.accelerator = start()
         self.is_main = accelerator.is_main_process  # the process that writes
@@ -95,10 +96,11 @@ class Session:
         self.prepared = model if self.sharded else accelerator.prepare_model(model)
         self.prepared_optimiser = accelerator.prepare_optimizer(self.optimiser)
         self.forward = torch.compile(self.prepared) if config.compile else self.prepared
-        self.loss = Loss(model, config)
+        self.loss = Loss(model, config) if loss is None else loss
 
         # Taken once all processes share the start, and before a checkpoint changes it.
-        self.fingerprint = fingerprint(model, config, order.images, order.processes, train_set, val_set)
+        about = None if loss is None else repr(loss)
+        self.fingerprint = fingerprint(model, config, order.images, order.processes, train_set, val_set, about)
         self.sample: dict[str, Tensor] | None = None
         randoms = self._load(resume, order, train_set)
         order = replace(order, start=self.progress.step * config.grad_accumulation)
