@@ -111,7 +111,7 @@ gpu: $(STAMP) ## prove, measure and train on a GPU (PARTS=prove,measure,train MI
 	PARTS="$(PARTS)" DEVICE="$(DEVICE)" MINUTES="$(MINUTES)" $(PY) -m benchmarks.gpu
 
 .PHONY: check-results
-check-results: $(STAMP) ## rerun one row of each results file at small size and compare
+check-results: $(STAMP) ## rerun the small rows of each results file and compare
 	$(PY) -m tools.check_results
 
 .PHONY: course

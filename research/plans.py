@@ -141,8 +141,8 @@ class Run:
 class Experiment:
     """One file ``results/<name>.csv``: its runs, in the order in which they are done.
 
-    ``accuracy_band`` (share of right answers) and ``loss_band`` (nats) say how far a repetition of the first run at
-    small size may be from its recorded row.
+    ``accuracy_band`` (share of right answers) and ``loss_band`` (nats) say how far a repetition at small size may be
+    from its recorded row.
     """
 
     name: str
@@ -150,6 +150,15 @@ class Experiment:
     runs: tuple[Run, ...]
     accuracy_band: float
     loss_band: float
+
+    @property
+    def repeated(self) -> tuple[Run, ...]:
+        """The runs that have a small row, which `research.check` repeats: the first, and the first that is not dense.
+
+        A dense run never touches the sparse attention that the results are about.
+        """
+        sparse = [run for run in self.runs if run.kind != "dense"]
+        return tuple(run for run in self.runs if run in (self.runs[0], *sparse[:1]))
 
 
 def changed(profile: Profile, **changes: Any) -> Profile:

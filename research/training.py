@@ -47,7 +47,7 @@ CARD = (
 def run_experiment(
     experiment: Experiment, *, out: Path | None = None, only: list[str] | None = None, repeat: bool = False
 ) -> Path:
-    """Do every run that is not recorded yet, and the small one that `research.check` repeats.
+    """Do every run that is not recorded yet, and the small ones that `research.check` repeats.
 
     Args:
         experiment: what to run.
@@ -68,7 +68,7 @@ def run_experiment(
     for run in experiment.runs:
         if only is not None and run.name not in only:
             continue
-        for size in ("full", "small") if run is experiment.runs[0] else ("full",):
+        for size in ("full", "small") if run in experiment.repeated else ("full",):
             if not repeat and is_recorded(path, run.name, size):
                 print(f"{experiment.name}/{run.name} ({size}): recorded already")
                 continue
@@ -213,15 +213,24 @@ def record_run(experiment: Experiment, path: Path, row: dict[str, Any], correct:
     bits = {"name": row["name"], "size": row["size"], "n": len(correct), "correct": pack(correct)}
     write_file(folder / f"{row['name']}-{row['size']}.json", json.dumps({"row": row, "bits": bits}))
     finished = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    planned = {run.name: index for index, run in enumerate(experiment.runs)}
+    places = {run.name: index for index, run in enumerate(experiment.runs)}
 
     def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return planned.get(row["name"], len(planned)), row["name"], row["size"]
+        return places.get(row["name"], len(places)), row["name"], row["size"]
 
     key = ("name", "size")
-    replace_rows(path, [found["row"] for found in finished], key=key, order=order, columns=row)
+    rows = {(older["name"], older["size"]): completed(experiment, older) for older in read_rows(path)}
+    rows |= {(found["row"]["name"], found["row"]["size"]): found["row"] for found in finished}
+    replace_rows(path, list(rows.values()), key=key, order=order, columns=row)
     correct_path = path.with_name(f"{path.stem}_correct.csv")
     replace_rows(correct_path, [found["bits"] for found in finished], key=key, order=order, columns=bits)
+
+
+def completed(experiment: Experiment, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded row, with what the plan says of its run in the columns that came after it was written."""
+    planned = {run.name: run if row["size"] == "full" else run.small() for run in experiment.runs}
+    run = planned.get(row["name"])
+    return dict(row) if run is None else {**run.columns(), **row}
 
 
 def work_folder(experiment: Experiment, run: Run | None = None) -> Path:

@@ -62,11 +62,20 @@ def test_the_dense_start_is_right_on_unseen_pictures() -> None:
 
 
 def test_a_result_still_comes_out_of_this_code_and_the_check_can_fail(tmp_path: Path) -> None:
+    def passed(folder: Path | None = None) -> list[bool | None]:
+        return [check.passed for check in check_experiment(experiment, folder=folder)]
+
     experiment = EXPERIMENTS["planted_start"]
-    assert check_experiment(experiment).passed is True
+    assert passed() == [True]
     text = (results_dir() / "planted_start.csv").read_text(encoding="utf-8")
     small = next(row for row in read_rows(results_dir() / "planted_start.csv") if row["size"] == "small")
     wrong = text.replace(small["test_loss"], str(float(small["test_loss"]) + 1.0))
     (tmp_path / "planted_start.csv").write_text(wrong, encoding="utf-8")
-    assert check_experiment(experiment, folder=tmp_path).passed is False
-    assert check_experiment(experiment, folder=tmp_path / "none").passed is None
+    assert passed(tmp_path) == [False]
+    assert passed(tmp_path / "none") == [None]
+
+
+def test_a_sparse_result_still_comes_out_of_this_code() -> None:
+    (_, sparse) = check_experiment(EXPERIMENTS["planted_pairs"])
+    assert sparse.run == "sparse-seed0" and sparse.passed is True, sparse.message
+    assert all(f"{name} " in sparse.message for name in ("cut_sparsity", "kept_mass", "effective_support"))

@@ -18,7 +18,7 @@ from research import training as training_module
 from research.__main__ import main
 from research.plans import EXPERIMENTS, PLANTED, Experiment, Run, changed, get_experiment, planned_rows
 from research.training import run_experiment, stages
-from svit_utils.files import read_rows
+from svit_utils.files import read_rows, write_rows
 from svit_utils.paths import results_dir
 from svit_utils.records import pack, planned_runs, unpack
 
@@ -45,6 +45,10 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def without(row: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     original = training_module.train_run
@@ -60,18 +64,20 @@ def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_an_experiment_leaves_rows_bits_and_the_checkpoint(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_runs(monkeypatch)
     path = run_experiment(EXPERIMENT, only=["sparse"])  # a later run first
-    assert path == repo / "results" / "micro.csv" and calls == ["sparse/full"]
+    of_sparse = ["sparse/full", "sparse/small"]
+    assert path == repo / "results" / "micro.csv" and calls == of_sparse
     run_experiment(EXPERIMENT)
-    assert calls == ["sparse/full", "dense/full", "dense/small", "other-seed/full"], "what is recorded is not run again"
+    assert calls == [*of_sparse, "dense/full", "dense/small", "other-seed/full"], "what is recorded is not run again"
     run_experiment(EXPERIMENT)
-    assert len(calls) == 4
+    assert len(calls) == 5
     run_experiment(EXPERIMENT, only=["sparse"], repeat=True)
-    assert calls[4:] == ["sparse/full"], "unless it is asked for"
+    assert calls[5:] == of_sparse, "unless it is asked for"
 
     rows = read_rows(path)
-    named = [("dense", "full"), ("dense", "small"), ("sparse", "full"), ("other-seed", "full")]
+    both = [(name, size) for name in ("dense", "sparse") for size in ("full", "small")]
+    named = [*both, ("other-seed", "full")]
     assert [(row["name"], row["size"]) for row in rows] == named
-    dense, _, sparse, other = rows
+    dense, _, sparse, _, other = rows
     assert dense["threshold"] == "" and dense["cut_sparsity"] == ""
     assert sparse["threshold"] == "0.0052" and 0 < float(sparse["cut_sparsity"]) < 1
     assert dense["seed"] == "0" and other["seed"] == "1" and dense["test_loss"] != other["test_loss"]
@@ -94,7 +100,18 @@ def test_a_row_of_a_run_that_is_no_longer_planned_is_kept(repo: Path) -> None:
     path = run_experiment(EXPERIMENT, only=["sparse"])
     renamed = replace(EXPERIMENT, runs=(replace(EXPERIMENT.runs[1], name="renamed"),))
     run_experiment(renamed)
-    assert [row["name"] for row in read_rows(path)] == ["renamed", "renamed", "sparse"]
+    assert [row["name"] for row in read_rows(path)] == ["renamed", "renamed", "sparse", "sparse"]
+
+
+def test_columns_that_came_later_are_filled_from_the_plan_in_older_rows(repo: Path) -> None:
+    path = run_experiment(EXPERIMENT, only=["sparse"])
+    rows = read_rows(path)
+    later = ("rho", "alternative")
+    write_rows(path, [name for name in rows[0] if name not in later], [without(row, *later) for row in rows])
+    (repo / "build" / "experiments" / "micro" / "rows" / "sparse-full.json").unlink()  # as after `make clean`
+    run_experiment(EXPERIMENT, only=["other-seed"])
+    assert [row["name"] for row in read_rows(path)] == ["sparse", "sparse", "other-seed"]
+    assert read_rows(path)[:2] == rows and list(read_rows(path)[0]) == list(rows[0])
 
 
 def test_unknown_names_are_refused(repo: Path) -> None:
@@ -106,13 +123,60 @@ def test_unknown_names_are_refused(repo: Path) -> None:
 
 def test_a_check_reruns_the_small_row_and_sees_a_change(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = repo / "results"
-    assert check_module.check_experiment(EXPERIMENT, folder=folder).passed is None
+
+    def passed() -> list[tuple[str, bool | None]]:
+        return [(check.run, check.passed) for check in check_module.check_experiment(EXPERIMENT, folder=folder)]
+
+    assert passed() == [("dense", None), ("sparse", None)]
     path = run_experiment(EXPERIMENT, only=["dense"])
-    assert check_module.check_experiment(EXPERIMENT, folder=folder).passed is True
+    assert passed() == [("dense", True), ("sparse", None)]
     small = read_rows(path)[1]
     path.write_text(path.read_text().replace(small["test_loss"], str(float(small["test_loss"]) + 0.01)))
-    found = check_module.check_experiment(EXPERIMENT, folder=folder)
+    found = check_module.check_experiment(EXPERIMENT, folder=folder)[0]
     assert found.passed is False and "test_loss" in found.message
+
+
+def test_a_check_compares_every_column_that_both_have(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = repo / "results"
+    path = run_experiment(EXPERIMENT, only=["dense", "sparse"])
+    rows = read_rows(path)
+    recorded = next(row for row in rows if (row["name"], row["size"]) == ("sparse", "small"))
+    now = {**recorded, "seconds": 0.0, "commit": "another", "later": 1}  # neither is compared
+    monkeypatch.setattr(check_module, "train_run", lambda *_, **__: (now, None))
+
+    def check(**changes: str) -> check_module.Check:
+        write_rows(path, rows[0], [{**row, **changes} if row is recorded else row for row in rows])
+        return check_module.check_experiment(EXPERIMENT, folder=folder)[1]
+
+    assert check().passed is True
+    measured = {"train_loss", "val_accuracy", "test_accuracy", "test_loss", *training_module.SPARSITY}
+    bands = check_module.bands(EXPERIMENT, now)
+    assert set(bands) == measured
+    for name, value in recorded.items():
+        if name in ("name", "size"):  # they say which row it is
+            continue
+        if name in check_module.ORIGIN:
+            assert check(**{name: "other"}).passed is True, name
+            continue
+        outside = str(float(value) + 1.01 * bands[name] + 1e-9) if name in measured else f"{value}0"
+        found = check(**{name: outside})
+        assert found.passed is False and f"{name} {value} (recorded {outside}" in found.message, name
+        assert (value == "") or check(**{name: ""}).passed is False, name
+        assert name not in measured or check(**{name: str(float(value) + 0.99 * bands[name])}).passed is True, name
+
+
+def test_a_sparse_run_of_every_file_is_repeated() -> None:
+    assert [run.name for run in EXPERIMENT.repeated] == ["dense", "sparse"]
+    for experiment in EXPERIMENTS.values():
+        kinds = {run.kind for run in experiment.runs} - {"dense"}
+        repeated = experiment.repeated
+        assert repeated[0] is experiment.runs[0] and len(repeated) <= 2
+        assert any(run.kind != "dense" for run in repeated) == bool(kinds), experiment.name
+        rows = read_rows(results_dir() / f"{experiment.name}.csv")
+        small = [row["name"] for row in rows if row["size"] == "small"]
+        assert small == [run.name for run in repeated], f"`python -m research experiment {experiment.name}`"
+        cut = [row["cut_sparsity"] != "" for row in rows if row["size"] == "small"]
+        assert cut == [run.kind != "dense" for run in repeated]
 
 
 def test_bits_survive_packing() -> None:
