@@ -232,8 +232,6 @@ def test_what_is_planned_is_what_was_recorded(experiment: Experiment) -> None:
         run = runs[row["name"]] if row["size"] == "full" else runs[row["name"]].small()
         planned = as_text(run.columns())
         recorded = {name: value for name, value in row.items() if name in planned}
-        # The older files were written before there were controls and backgrounds that go with the class.
-        assert set(planned) - set(recorded) <= {"alternative", "rho"}
         assert list(recorded) == [name for name in planned if name in recorded], "the same columns, in the same order"
         assert recorded == {name: planned[name] for name in recorded}
 
