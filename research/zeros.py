@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from svit_utils.attention.formula import cut_and_renormalise, masked_softmax
 from svit_utils.attention.record import AttentionRecord
 from svit_utils.attention.surgery import sparse_modules
+from svit_utils.exclusive import evaluating, exclusive, in_this_thread
 from svit_utils.explain.grid import readout_rows
 from svit_utils.explain.maps import maps_on_grid
-from svit_utils.explain.model_state import evaluating, unwrap
+from svit_utils.explain.model_state import unwrap
 from svit_utils.referee.inputs import check_count, check_tau
 
 _CHUNK = 4  # images at a time: the maps of all layers are held together
@@ -33,24 +34,26 @@ def _records(model: nn.Module, x: Tensor) -> Iterator[tuple[str, AttentionRecord
     A forward pass for every few images of `x` [B, 3, H, W]. Raises ValueError for a model without sparse attention.
     """
     model = unwrap(model)
-    modules = sparse_modules(model)
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no sparse attention: call sparsify(model, threshold) first")
-    for part in x.split(_CHUNK):
-        found: dict[str, AttentionRecord] = {}
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(model))
-            for name, module in modules.items():
+    with exclusive(model):
+        modules = sparse_modules(model)
+        if not modules:
+            raise ValueError(f"{type(model).__name__} has no sparse attention: call sparsify(model, threshold) first")
+        for part in x.split(_CHUNK):
+            found: dict[str, AttentionRecord] = {}
+            with ExitStack() as stack:
+                stack.enter_context(evaluating(model))
+                for name, module in modules.items():
 
-                def observe(_module, record, name=name, found=found) -> None:
-                    found[name] = record
+                    @in_this_thread
+                    def observe(_module, record, name=name, found=found) -> None:
+                        found[name] = record
 
-                module.observers.append(observe)
-                stack.callback(module.observers.remove, observe)
-            model(part)
-        for name, record in found.items():
-            everything = torch.ones_like(record.weights, dtype=torch.bool)
-            yield name, record, everything if record.allowed is None else record.allowed & everything
+                    module.observers.append(observe)
+                    stack.callback(module.observers.remove, observe)
+                model(part)
+            for name, record in found.items():
+                everything = torch.ones_like(record.weights, dtype=torch.bool)
+                yield name, record, everything if record.allowed is None else record.allowed & everything
 
 
 def _draw(eligible: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import nn
 from svit_utils.attention import LearnableThreshold, sparsify
 from svit_utils.attention.surgery import describe_sparsity, restore_sparsity
 from svit_utils.building import SMALL_VIT, build, create_model, pretrained_config, resize
+from svit_utils.exclusive import exclusively
 from svit_utils.files import replacing
 from svit_utils.paths import checkpoints_dir
 from svit_utils.weights import WeightsError, load_weights, read_state, save_weights, state_difference, unwrap
@@ -46,6 +47,7 @@ def load_embedded(name: str) -> nn.Module:
     return model.eval()
 
 
+@exclusively
 def save_trained(
     model: nn.Module,
     path: str | os.PathLike[str],

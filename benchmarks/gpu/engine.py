@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.gpu.workers import one_line
+from svit_utils.exclusive import evaluating
 from svit_utils.training.config import TrainConfig
 from svit_utils.training.recipe import distinct_thresholds, param_groups, set_tau_share
 from svit_utils.training.schedules import lr_factor, tau_factor
@@ -155,11 +156,6 @@ def eager(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, blocks called as they are, tau in full: compiled for training, they would be compiled again."""
     stance: Any = getattr(torch.compiler, "set_stance", None)
     context: AbstractContextManager[Any] = stance("force_eager") if stance else nullcontext()
-    was_training = model.training
-    model.eval()
     set_tau_share(distinct_thresholds(model), 1.0)
-    try:
-        with context, torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with evaluating(model), context, torch.no_grad():
+        yield

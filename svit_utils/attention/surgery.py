@@ -16,6 +16,7 @@ from svit_utils.attention.functional import check_backend
 from svit_utils.attention.module import SPARSE_CLASSES, SparseAttentionMixin
 from svit_utils.attention.normalisers import Normaliser, ThresholdedSoftmax, as_normaliser, describe, from_description
 from svit_utils.attention.thresholds import LearnableThreshold, ThresholdLike
+from svit_utils.exclusive import exclusive, exclusively
 
 Layer = int | str
 
@@ -61,6 +62,7 @@ class SparsifyReport:
         return "\n".join(lines)
 
 
+@exclusively
 def sparsify(
     model: nn.Module,
     threshold: ThresholdLike | Mapping[Layer, ThresholdLike] = 0.01,
@@ -141,6 +143,7 @@ def sparsify(
     return SparsifyReport(tuple(reports))
 
 
+@exclusively
 def densify(model: nn.Module) -> nn.Module:
     """Undo `sparsify` in place and return the model; weights are not touched, so outputs come back bit for bit."""
     for module in sparse_modules(model).values():
@@ -154,21 +157,51 @@ def sparsified(
 ) -> Iterator[SparsifyReport]:
     """`sparsify` for the length of a ``with`` block; afterwards every module is as it was before, sparse or dense.
 
+    The block has the model alone, see `svit_utils.exclusive`: other threads that explain or evaluate it wait.
+
     Yields:
         The report of `sparsify`.
+
+    Raises:
+        RuntimeError: on leaving, where another such block was entered inside (by a generator or an asyncio task, say)
+            and is still open. That one keeps its settings, and brings the model back when it ends.
     """
-    before = {module: (module.normaliser, module.backend) for module in sparse_modules(model).values()}
-    report = sparsify(model, threshold, **as_sparsify)
-    try:
-        yield report
-    finally:
-        for module in sparse_modules(model).values():
-            if module not in before:
-                _restore(module)
-        for module, (normaliser, backend) in before.items():
-            if not isinstance(module, SparseAttentionMixin):  # made dense inside the block
-                _convert(module, normaliser, backend)
-            module.normaliser, module.threshold, module.backend = normaliser, normaliser.threshold, backend
+    with exclusive(model, block=True):
+        block = _Block({module: _state(module) for module in _supported_modules(model).values()})
+        _blocks.append(block)
+        overlapping = False
+        try:
+            yield sparsify(model, threshold, **as_sparsify)
+        finally:
+            blocks = list(_blocks)
+            _blocks.remove(block)
+            overlapping = _put_back(model, block, blocks[blocks.index(block) + 1 :])
+        if overlapping:
+            raise RuntimeError("a `sparsified` block was left before one that was entered inside it")
+
+
+@dataclass(eq=False)
+class _Block:
+    """The state in which a block of `sparsified` found each module that can be sparse, to which it goes back."""
+
+    found: dict[nn.Module, tuple[type[nn.Module], dict[str, Any]]]
+
+
+_blocks: list[_Block] = []  # the open ones, in the order in which they were entered
+
+
+def _put_back(model: nn.Module, block: _Block, later: list[_Block]) -> bool:
+    """Bring each module to what ``block`` found, or leave that to a later block; whether there was a later one."""
+    overlapping = False
+    for module, state in block.found.items():
+        if heir := next((other for other in later if module in other.found), None):
+            heir.found[module], overlapping = state, True
+        else:
+            _bring_to(module, *state)
+    for module in sparse_modules(model).values():
+        if module not in block.found:  # it came into the model inside the block
+            _restore(module)
+    return overlapping
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttentionMixin]:
@@ -229,12 +262,26 @@ def _convert(module: nn.Module, normaliser: Normaliser, backend: str) -> None:
     module.set_normaliser(normaliser, backend)  # type: ignore[operator]
 
 
-def _restore(module: SparseAttentionMixin) -> None:
-    dense_class = module.__dict__.get("_dense_class", type(module).dense_class)
+def _restore(module: nn.Module) -> None:
+    _bring_to(module, module.__dict__.get("_dense_class", type(module).dense_class), {})  # type: ignore[attr-defined]
+
+
+def _state(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class of a module, and what a sparse one has besides what is in its dense twin."""
+    kept = {name: getattr(module, name) for name in _SPARSE_ATTRIBUTES if hasattr(module, name)}
+    return type(module), kept
+
+
+def _bring_to(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any]) -> None:
+    """Back to a `_state`."""
     for name in _SPARSE_ATTRIBUTES:
         if name in module.__dict__ or name in module._modules:
             delattr(module, name)
-    module.__class__ = dense_class
+    module.__class__ = cls
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    if attributes.get("threshold") is not None:  # the model may have gone to another device
+        attributes["threshold"].to(next(module.parameters()).device)
 
 
 def _sparse_class(cls: type[nn.Module]) -> type[SparseAttentionMixin] | None:

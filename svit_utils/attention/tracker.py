@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 
 from svit_utils.attention.module import RowObserver, SparseAttentionMixin
 from svit_utils.attention.rows import AttentionRows
+from svit_utils.exclusive import exclusive
 from svit_utils.files import write_file
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ class TokenSparsityTracker:
     Statistics are taken over queries with at least one allowed key and over allowed keys only. The survivors of a row
     are S = {j : p_j > tau}; a row is empty when S is. Under ``empty_rows="cap"`` tau is the row's own. A module that
     stands in several places of the model has a row for each; what gradient checkpointing computes again is not counted.
+    The ``with`` block has the model alone, see `svit_utils.exclusive`, and what any thread computes with it counts.
 
     Args:
         model: a model with sparse attention; to watch a dense one, `sparsify` it with threshold 0.
@@ -82,17 +86,21 @@ class TokenSparsityTracker:
         self._observers = {m: self._observer_of([name for name, other in found if other is m]) for _, m in found}
         self._has_class_token = has_class_token(model)
         self._totals: dict[tuple[str, str], _Totals] = {}
+        self._adding = threading.Lock()
+        self._model, self._entered = model, list[ExitStack]()
 
     def __enter__(self) -> TokenSparsityTracker:
-        for module, observer in self._observers.items():
-            if observer not in module.row_observers:  # entered twice, it still counts once
-                module.row_observers.append(observer)
+        with ExitStack() as stack:
+            stack.enter_context(exclusive(self._model, block=True))
+            for module, observer in self._observers.items():
+                if observer not in module.row_observers:  # entered twice, it still counts once
+                    stack.callback(_take_out, module, observer)
+                    module.row_observers.append(observer)
+            self._entered.append(stack.pop_all())
         return self
 
     def __exit__(self, *error: object) -> None:
-        for module, observer in self._observers.items():
-            if observer in module.__dict__.get("row_observers", []):
-                module.row_observers.remove(observer)
+        self._entered.pop().close()
 
     def reset(self) -> None:
         """Forget everything seen so far."""
@@ -168,17 +176,23 @@ class TokenSparsityTracker:
 
     def _observer_of(self, places: list[str]) -> RowObserver:
         """What is called at each call of a module: the calls belong to its places in turn."""
-        names = cycle(places)
+        turns: dict[int, Iterator[str]] = {}  # by thread: each goes through the model by itself
 
         def observe(_: SparseAttentionMixin, rows: AttentionRows) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return  # inside a backward pass: gradient checkpointing repeats a call that was counted
-            name = next(names)
-            for queries, part in (("all", rows), ("class", rows.first())):
-                if queries == "all" or self._has_class_token:
-                    self._totals.setdefault((name, queries), _Totals(rows.kept.shape[1])).add(part)
+            name = next(turns.setdefault(threading.get_ident(), cycle(places)))
+            with self._adding:
+                for queries, part in (("all", rows), ("class", rows.first())):
+                    if queries == "all" or self._has_class_token:
+                        self._totals.setdefault((name, queries), _Totals(rows.kept.shape[1])).add(part)
 
         return observe
+
+
+def _take_out(module: SparseAttentionMixin, observer: RowObserver) -> None:
+    if observer in (found := module.__dict__.get("row_observers", [])):  # gone where the module was made dense
+        found.remove(observer)
 
 
 class _Totals:

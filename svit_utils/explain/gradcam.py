@@ -7,12 +7,13 @@ pytorch-grad-cam's example assumes 14 x 14 patches after one prefix token. So th
 first. Both functions raise ValueError where there is no token grid, or where the gradient on the patch tokens is zero.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from svit_utils.exclusive import in_this_thread
 from svit_utils.explain.grid import TokenGrid, token_grid, tokens_to_grid
 from svit_utils.explain.model_state import Targets, only_input_gradients, target_classes, unwrap
 
@@ -66,7 +67,8 @@ def _explain(
     layer = default_layer(model) if layer is None else layer
     with only_input_gradients(model):
         classes = target_classes(model, x, targets)
-        raw, gradient = library(model, x.detach().clone().requires_grad_(True), classes, layer, grid)
+        with _tap(layer, grid) as tap:
+            raw, gradient = library(model, x.detach().clone().requires_grad_(True), classes, tap)
     if raw is None or gradient is None or not bool((gradient != 0).any()):
         raise ValueError(
             f"the gradient on the patch tokens at {type(layer).__name__} is exactly zero, so a Grad-CAM map there says "
@@ -77,41 +79,49 @@ def _explain(
     return raw.clamp_min(0) if relu else raw
 
 
-def _pytorch_grad_cam(model: nn.Module, x: Tensor, classes: list[int], layer: nn.Module, grid: TokenGrid) -> _Found:
+@contextmanager
+def _tap(layer: nn.Module, grid: TokenGrid) -> Iterator[nn.Module]:
+    """A module whose output both libraries read correctly: the layer's patch tokens go through it as [B, C, h, w]."""
+    tap = nn.Identity()
+
+    def through_tap(_module: nn.Module, _args: object, tokens: Tensor) -> Tensor:
+        patches = tap(tokens_to_grid(tokens, grid)).flatten(2).transpose(1, 2)  # [B, h*w, C]
+        return torch.cat([tokens[:, : grid.num_prefix], patches], dim=1)  # [B, N, C]
+
+    handle = layer.register_forward_hook(in_this_thread(through_tap))
+    try:
+        yield tap
+    finally:
+        handle.remove()
+
+
+def _pytorch_grad_cam(model: nn.Module, x: Tensor, classes: list[int], tap: nn.Module) -> _Found:
     from pytorch_grad_cam import GradCAM
 
     # Not by calling `cam`, which would rectify the map, rescale it to [0, 1] and resize it.
-    with GradCAM(model, [layer], reshape_transform=partial(tokens_to_grid, grid=grid)) as cam:
+    with GradCAM(model, [tap]) as cam:
         seen = cam.activations_and_grads
         seen(x)[range(len(x)), classes].sum().backward()
         if not seen.gradients:
             return None, None
         activations, gradient = seen.activations[0], seen.gradients[0]  # [B, C, h, w] each
-        raw = cam.get_cam_image(x, layer, None, activations.numpy(), gradient.numpy())
+        raw = cam.get_cam_image(x, tap, None, activations.numpy(), gradient.numpy())
         return torch.from_numpy(raw), gradient
 
 
-def _captum(model: nn.Module, x: Tensor, classes: list[int], layer: nn.Module, grid: TokenGrid) -> _Found:
+def _captum(model: nn.Module, x: Tensor, classes: list[int], tap: nn.Module) -> _Found:
     from captum.attr import LayerGradCam
 
-    # A module whose output Captum reads correctly: the patch tokens go through it as [B, C, h, w], and are put back.
-    tap, gradients = nn.Identity(), list[Tensor]()
+    gradients = list[Tensor]()
 
-    def through_tap(_module, _args, tokens: Tensor) -> Tensor:
-        patches = tap(tokens_to_grid(tokens, grid)).flatten(2).transpose(1, 2)  # [B, h*w, C]
-        return torch.cat([tokens[:, : grid.num_prefix], patches], dim=1)  # [B, N, C]
-
-    def watch(_module, _args, output: Tensor) -> None:
+    def watch(_module: nn.Module, _args: object, output: Tensor) -> None:
         output.register_hook(gradients.append)  # sees the very gradient that Captum averages
 
-    handles = [layer.register_forward_hook(through_tap), tap.register_forward_hook(watch)]
+    tap.register_forward_hook(watch)
     try:
         raw = LayerGradCam(model, tap).attribute(x, target=classes)  # [B, 1, h, w]
     except RuntimeError as error:
         if "appears to not have been used in the graph" not in str(error):
             raise
         return None, None
-    finally:
-        for handle in handles:
-            handle.remove()
     return raw.squeeze(1), gradients[-1] if gradients else None

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svit_utils.attention.module import SparseAttentionMixin
+from svit_utils.exclusive import evaluating, exclusively, in_this_thread
 from svit_utils.explain.grid import TokenGrid, read_out, token_grid
-from svit_utils.explain.model_state import evaluating, unwrap
+from svit_utils.explain.model_state import unwrap
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -47,6 +48,7 @@ def _select(names: list[str], layers: Sequence[int | str] | int | str | None) ->
     return [name for name in names if name in picked]
 
 
+@exclusively
 @torch.no_grad()
 def attention_maps(
     model: nn.Module, x: Tensor, layers: Sequence[int | str] | int | str | None = None
@@ -80,7 +82,8 @@ def attention_maps(
             # `attn_drop`, which changes nothing in evaluation mode, just before they multiply them with V.
             stack.callback(setattr, modules[name], "fused_attn", modules[name].fused_attn)
             modules[name].fused_attn = False
-            stack.callback(modules[name].attn_drop.register_forward_hook(partial(keep, name)).remove)
+            hook = in_this_thread(partial(keep, name))
+            stack.callback(modules[name].attn_drop.register_forward_hook(hook).remove)
         model(x)
     return {name: store[name] for name in names if name in store}
 

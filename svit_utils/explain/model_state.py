@@ -7,6 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from svit_utils.exclusive import evaluating
+
 # A class for all images, a class for each, or None for what the model predicts.
 Targets: TypeAlias = int | Sequence[int] | Tensor | None
 
@@ -17,26 +19,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the body of the `with`; every module's own training flag comes back after it."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-@contextmanager
 def only_input_gradients(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients on and parameters frozen; flags and accumulated gradients come back afterwards.
+    """`evaluating`, with gradients on and parameters frozen; flags and accumulated gradients come back afterwards.
 
     pytorch-grad-cam calls `model.eval()`, `zero_grad()` and `backward()` and undoes none of it, which would do harm in
     the middle of a training run.
     """
-    saved = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     with evaluating(model), torch.enable_grad():
+        saved = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
         try:
             for parameter, _, _ in saved:
                 parameter.requires_grad_(False)

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from svit_utils.explain.model_state import Targets, evaluating
+from svit_utils.exclusive import evaluating
+from svit_utils.explain.model_state import Targets
 from svit_utils.referee.inputs import check_count, check_maps, explained_classes, filled, places, probability, to_pixels
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svit_utils.explain.model_state import Targets, evaluating
+from svit_utils.exclusive import evaluating
+from svit_utils.explain.model_state import Targets
 from svit_utils.referee.curves import curve_area, deletion_curve, insertion_curve
 from svit_utils.referee.infidelity import infidelity
 from svit_utils.referee.inputs import check_maps, explained_classes

@@ -6,7 +6,8 @@ With f_c the logit of the class: mean over perturbations I of (beta I . map - (f
 import torch
 from torch import Tensor, nn
 
-from svit_utils.explain.model_state import Targets, evaluating
+from svit_utils.exclusive import evaluating
+from svit_utils.explain.model_state import Targets
 from svit_utils.referee.inputs import check_count, check_maps, explained_classes, filled, scaled_by_peak, to_pixels
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from svit_utils.exclusive import exclusive
 from svit_utils.explain.model_state import Targets, target_classes
 
 
@@ -106,8 +107,11 @@ def scaled_by_peak(maps: Tensor) -> Tensor:
 
 @contextmanager
 def global_seed(seed: int) -> Iterator[None]:
-    """Seeds torch's global CPU generator, from which other libraries draw, and restores its state afterwards."""
-    with torch.random.fork_rng(devices=[]):
+    """Seeds torch's global CPU generator, from which other libraries draw, and restores its state afterwards.
+
+    Threads that do so take turns.
+    """
+    with exclusive(torch.default_generator), torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also reseed the generators of every GPU, for good.
         torch.default_generator.manual_seed(seed)
         yield

@@ -14,8 +14,9 @@ import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
+from svit_utils.exclusive import evaluating, exclusively, in_this_thread
 from svit_utils.explain.maps import attention_layers
-from svit_utils.explain.model_state import evaluating, unwrap
+from svit_utils.explain.model_state import unwrap
 from svit_utils.referee.inputs import check_tau
 
 
@@ -35,6 +36,7 @@ def sparsity_floor(tokens: int, tau: float) -> float:
     return float(1 - Fraction(survivors, tokens))
 
 
+@exclusively
 @torch.no_grad()
 def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """One forward pass of `x` [B, 3, H, W]: layer name -> (q, k), each [B, H, N, D], after the norms of q and k.
@@ -62,7 +64,8 @@ def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Ten
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for name, module in layers.items():
-            stack.callback(module.register_forward_pre_hook(partial(catch, name), with_kwargs=True).remove)
+            hook = in_this_thread(partial(catch, name))
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         model(x)
     return found
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from svit_utils.exclusive import exclusively
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -58,6 +60,7 @@ def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+@exclusively
 def weight_randomisation(
     model: nn.Module, x: Tensor, explain: Callable[[nn.Module, Tensor], Tensor], *, mode: str = "full", seed: int = 0
 ) -> RandomisationCheck:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svit_utils.explain.model_state import Targets, evaluating
+from svit_utils.exclusive import evaluating
+from svit_utils.explain.model_state import Targets
 from svit_utils.referee.inputs import check_maps, explained_classes, global_seed, places, probability, to_pixels
 
 

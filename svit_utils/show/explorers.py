@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svit_utils.attention import sparse_modules, sparsified
+from svit_utils.exclusive import exclusively
 from svit_utils.explain.grid import TokenGrid, token_grid
 from svit_utils.explain.maps import attention_maps
 from svit_utils.referee.inputs import check_tau
@@ -92,6 +93,7 @@ def _dense_maps(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         return attention_maps(model, batch)
 
 
+@exclusively
 def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None = None) -> ThresholdData:
     """One forward pass of `image` [3, H, W] (else ValueError) through the model with dense attention.
 
@@ -103,6 +105,7 @@ def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None
     return ThresholdData(shown, _stack(maps)[0], list(maps), token_grid(model, image[None]))
 
 
+@exclusively
 def attention_explorer_data(
     model: nn.Module, images: Tensor, sparse_model: nn.Module | None = None, *, display: Any = None, **as_sparsify: Any
 ) -> AttentionData:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from svit_utils.attention import TokenSparsityTracker, sparse_modules
+from svit_utils.exclusive import evaluating, exclusively
 from svit_utils.training.sharding import is_sharded
 from svit_utils.training.stops import outlast_signals
 
@@ -114,25 +114,14 @@ def _answers(
         generator=torch.Generator(),
         worker_init_fn=outlast_signals,
     )
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     losses, predictions, labels = [], [], []
-    try:
-        with torch.no_grad(), autocast(device.type, precision):
-            for images, target in tqdm(loader, disable=None if progress else True, desc="evaluate", leave=False):
-                logits = model(images.to(device, non_blocking=True)).float().cpu()
-                losses.append(F.cross_entropy(logits, target, reduction="sum").item())
-                predictions.append(logits.argmax(dim=1))
-                labels.append(target)
-    finally:
-        put_back(modes)
+    with evaluating(model), torch.no_grad(), autocast(device.type, precision):
+        for images, target in tqdm(loader, disable=None if progress else True, desc="evaluate", leave=False):
+            logits = model(images.to(device, non_blocking=True)).float().cpu()
+            losses.append(F.cross_entropy(logits, target, reduction="sum").item())
+            predictions.append(logits.argmax(dim=1))
+            labels.append(target)
     return sum(losses), torch.cat(predictions), torch.cat(labels)
-
-
-def put_back(modes: Mapping[nn.Module, bool]) -> None:
-    """Give each module its own training flag again: a part that somebody keeps in eval mode stays there."""
-    for module, training in modes.items():
-        module.training = training
 
 
 def autocast(device_type: str, precision: str) -> torch.autocast:
@@ -146,6 +135,7 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
     return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
 
 
+@exclusively
 def warn_of_empty_rows(model: nn.Module, dataset: Dataset, precision: str = "fp32") -> None:
     """Log the tracker's warning where most attention rows lose every key: the fallback then decides what is trained.
 
@@ -155,12 +145,8 @@ def warn_of_empty_rows(model: nn.Module, dataset: Dataset, precision: str = "fp3
         return
     images = torch.stack([dataset[i][0] for i in range(min(8, len(dataset)))])  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with TokenSparsityTracker(model) as tracker, torch.no_grad(), autocast(device.type, precision):
-            model(images.to(device))
-    finally:
-        put_back(modes)
+    cast = autocast(device.type, precision)
+    with evaluating(model), TokenSparsityTracker(model) as tracker, torch.no_grad(), cast:
+        model(images.to(device))
     if warning := tracker.summary().warning:
         log.warning(warning)

@@ -58,6 +58,7 @@ def fingerprint(
         "frozen": _frozen(model),
         "drop rates": ", ".join(f"{count} x {rate}" for rate, count in sorted(drops.items())) or "none",
         "modules": f"modules-{_digest(json.dumps(kinds))}",
+        **_evaluating(model),
         "images": images,
         "labels": None,
         "data settings": None,
@@ -112,6 +113,12 @@ def _frozen(model: nn.Module) -> str:
             found.append(prefix)
             left -= own
     return ", ".join([*found, *sorted(left)]) or "nothing"
+
+
+def _evaluating(model: nn.Module) -> dict[str, str]:
+    """Which parts stay in eval mode while the model is trained; no entry where none does."""
+    found = [name for name, module in model.named_modules() if model.training and not module.training]
+    return {"in eval mode": ", ".join(found)} if found else {}
 
 
 def about_data(dataset: Any) -> dict[str, Any]:

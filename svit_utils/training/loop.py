@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from svit_utils.exclusive import exclusive
 from svit_utils.models import load_weights
 from svit_utils.training.config import TrainConfig
 from svit_utils.training.evaluation import autocast, evaluate_together
@@ -64,6 +65,9 @@ def train(
     left in eval mode with its last weights. Started by torchrun or Accelerate, all processes call this alike,
     with a model of their own or one spread by torch's ``fully_shard``.
 
+    A model in eval mode is put into training mode as a whole. In one that is in training mode, parts in eval mode stay
+    so: a frozen part keeps its batch statistics, and drops nothing. Other threads may explain the model between steps.
+
     Args:
         model: images [B, 3, H, W] to logits [B, classes].
         train_set: of (image, label).
@@ -84,8 +88,10 @@ def train(
     """
     with contextlib.ExitStack() as stack:  # holds the folder's lock
         folder = None if out_dir is None else Path(out_dir)
-        run = Session(model, train_set, val_set, config, folder, resume, stack, loss)
-        model.train()
+        with exclusive(model):  # it is copied, and what is frozen noted: not while another thread explains it
+            run = Session(model, train_set, val_set, config, folder, resume, stack, loss)
+            if not model.training:  # else its parts keep their own modes: one that is frozen may be in eval mode
+                model.train()
         _run(run, val_set, progress and run.is_main)
         run.keep(model, "last.safetensors")
         run.accelerator.wait_for_everyone()
@@ -109,7 +115,8 @@ def _run(run: Session, val_set: Dataset | None, progress: bool) -> None:
     with StopRequest() as stop:
         try:
             while at.step < config.steps:
-                row, signalled = _step(run, stop)
+                with exclusive(run.model):  # another thread may be explaining it, for which it is changed
+                    row, signalled = _step(run, stop)
                 at.seconds = time.monotonic() - started
                 said.step(row["loss"])
                 row = row | {"seconds": round(at.seconds, 3)} if _due(run, config.log_every) else {}
