@@ -29,15 +29,22 @@ def run_experiment(options: argparse.Namespace) -> None:
 
 
 def run_study(options: argparse.Namespace) -> None:
-    """Train, score and compare what results/study/PLAN.md names, or what is missing of it."""
+    """Train, score and compare what the PLAN.md of a study names, or what is missing of it."""
+    from research.second import run as second
+    from research.second import tables as second_tables
     from research.study import run, studies, tables
 
     study = studies.get_study(options.profile)
+    another = options.profile == "second"
     if options.tables:
-        for path in tables.write_tables(study, options.out):
+        for path in (second_tables if another else tables).write_tables(study, options.out):
             print(path)
     elif options.out is not None:
         raise ValueError("--out goes with --tables only")
+    elif another:
+        if options.runs:
+            raise ValueError("--runs does not go with --profile second")
+        print(second.run_second(jobs=options.jobs, parts=options.parts))
     else:
         print(run.run_study(study, jobs=options.jobs, parts=options.parts, runs=options.runs))
 
@@ -73,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
 
     study = add("study", run_study)
     study.add_argument(
-        "--profile", default="full", help="full (results/study), deit (results/study_deit) or smoke (build/study-smoke)"
+        "--profile",
+        default="full",
+        help="full (results/study), second (results/second), deit (results/study_deit) or smoke (build/study-smoke)",
     )
     study.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
     study.add_argument("--parts", nargs="+", metavar="PART", help="only these parts, such as train or localisation")

@@ -23,10 +23,10 @@ NEVER_WARMED_UP = ("dense", "sparse")
 
 @dataclass(frozen=True)
 class Learned:
-    """A learnable tau and the share of zeros it is held at, see `svit_utils.training.SparsityTarget`."""
+    """A learnable tau and the share cut that it is held at, see `svit_utils.training.SparsityTarget`."""
 
     per: str  # a tau for each "model", "layer" or "head"
-    target: float  # share of zeros
+    target: float  # share of the keys that are cut
     each: str = "model"  # hold the mean of the "model" at the target, or each "layer"
 
 
@@ -37,8 +37,8 @@ class Run:
     Attributes:
         name: unique within its experiment.
         kind: ``"dense"``; ``"sparse"``, the thresholded softmax with its full tau from the first step; ``"warmup"``,
-            the same with tau rising over ``profile.config.tau_warmup_steps``; one of `NORMALISER`; or ``"learned"``, the
-            thresholded softmax with a `LearnableThreshold` that starts at ``profile.threshold``.
+            the same with tau rising over ``profile.config.tau_warmup_steps``; one of `NORMALISER`; or ``"learned"``,
+            the thresholded softmax with a `LearnableThreshold` that starts at ``profile.threshold``.
         profile: data, model, start and recipe, with the sparse attention of that kind.
         curriculum: steps in each stage of `CURRICULUM` before the recipe begins. From random weights a ViT stays at
             chance on the standard pictures for a long time; on the easier ones it starts to learn.

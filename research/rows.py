@@ -1,12 +1,15 @@
-"""Adding rows to a recorded CSV file."""
+"""Writing recorded CSV files: rows added to one, and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svit_utils.files import read_rows, write_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def replace_rows(
@@ -33,3 +36,13 @@ def replace_rows(
     replaced = {name(row) for row in new}
     rows = sorted([*(row for row in read_rows(path) if name(row) not in replaced), *new], key=order)
     write_rows(path, dict.fromkeys([*columns, *(column for row in rows for column in row)]), rows)
+
+
+def write_csvs(tables: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
+    """Write each table as ``<name>.csv`` into ``folder``, with four significant digits; the same bytes every time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, table in tables.items():
+        paths.append(folder / f"{name}.csv")
+        table.to_csv(paths[-1], index=False, float_format="%.4g", lineterminator="\n")
+    return paths

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,7 @@ def run_study(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     study.out.mkdir(parents=True, exist_ok=True)
-    rows = study.out.parent / f"{study.experiment.name}.csv"
-    # Training first: a dense model's maps are matched to those of the sparse one with its seed.
-    untrained = [(study.name, name) for name in names if not is_recorded(rows, name, "full")]
-    in_processes(train_one, untrained, jobs, "train")
+    train_missing(study, jobs)  # first: a dense model's maps are matched to those of the sparse one with its seed
     cells = [
         (part, run.name)
         for run in planned
@@ -90,15 +88,26 @@ def run_study(
         cells.insert(0, ("localisation", BASELINE_CELL))
     done = {row["cell"] for row in read_rows(study.out / "cells.csv")}
     missing = [(study.name, part, name) for part, name in cells if f"{part}/{name}" not in done]
-    in_processes(score_one, missing, jobs, "score", study)
+    in_processes(score_one, missing, jobs, "score", partial(record_cell, study))
     write_tables(study)
     return study.out
 
 
+def train_missing(study: Study, jobs: int) -> None:
+    """Train every run of the study that is not recorded, in their order."""
+    rows = study.out.parent / f"{study.experiment.name}.csv"
+    untrained = [(study.name, run.name) for run in study.experiment.runs if not is_recorded(rows, run.name, "full")]
+    in_processes(train_one, untrained, jobs, "train")
+
+
 def in_processes(
-    work: Callable[..., Any], tasks: Sequence[tuple[str, ...]], jobs: int, what: str, study: Study | None = None
+    work: Callable[..., Any],
+    tasks: Sequence[tuple[str, ...]],
+    jobs: int,
+    what: str,
+    record: Callable[..., None] | None = None,
 ) -> None:
-    """Do the tasks in processes of their own; with a study, the cell that each returns is recorded as it ends."""
+    """Do the tasks in processes of their own; ``record`` is given what each returns, here, as it ends."""
     if not tasks:
         print(f"{what}: nothing left to do")
         return
@@ -107,8 +116,8 @@ def in_processes(
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 result = future.result()
-                if study is not None:
-                    record_cell(study, *result)
+                if record is not None:
+                    record(*result)
                 print(f"{what} {count}/{len(tasks)}: {' '.join(futures[future][1:])}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

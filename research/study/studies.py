@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from research import second
 from research.plans import MAIN_KINDS, Experiment, changed, get_experiment, study_run
+from research.second import runs as second
 from svit_utils.paths import repo_root, results_dir
 
 
@@ -21,8 +21,6 @@ class Study:
         localisation, faithfulness, background, mass, sparsity, sanity: test pictures that each kind of score is taken
             on; ``mass`` is for the share of a map on background and distractors.
         resamples: of each bootstrap.
-        per_patch: score maps on the grid of their patches. The first study enlarged them to pixels bilinearly, which
-            favours the border (see its PLAN.md, *Erratum*).
     """
 
     name: str
@@ -35,7 +33,6 @@ class Study:
     sparsity: int = 20
     sanity: int = 20
     resamples: int = 10_000
-    per_patch: bool = False
 
 
 def _full() -> Study:
@@ -74,8 +71,8 @@ def _smoke() -> Study:
 
 
 def _second() -> Study:
-    """The second study (results/second/PLAN.md): maps are scored on the grid of their patches."""
-    return Study("second", second.experiment(), results_dir() / "second", per_patch=True)
+    """The second study (results/second/PLAN.md), which `research.second.run` scores in its own way."""
+    return Study("second", second.experiment(), results_dir() / "second")
 
 
 STUDIES = {"full": _full, "deit": _deit, "smoke": _smoke, "second": _second}

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from research.plans import CONTROLS
+from research.rows import write_csvs
 from research.study.maps import DISPLAYED, MATCHED, MODEL_MAPS
 from research.study.store import images_path, read_images
 from research.study.studies import Study
@@ -219,11 +220,5 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
 
 
 def write_tables(study: Study, out: str | Path | None = None) -> list[Path]:
-    """Write `tables` as CSV into ``tables/`` of the study, or of ``out``; four significant digits."""
-    folder = (study.out if out is None else Path(out)) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, table in tables(study).items():
-        paths.append(folder / f"{name}.csv")
-        table.to_csv(paths[-1], index=False, float_format="%.4g", lineterminator="\n")
-    return paths
+    """Write `tables` as CSV into ``tables/`` of the study, or of ``out``."""
+    return write_csvs(tables(study), (study.out if out is None else Path(out)) / "tables")

@@ -1,7 +1,7 @@
 """A loss that lets learnable thresholds share out a given sparsity among layers and heads.
 
-Cross-entropy alone would let every tau fall to 0, since a cut can only take something away. So the share of zeros is
-fixed, and training decides where they are.
+Cross-entropy alone would let every tau fall to 0, since a cut can only take something away. So the share that is cut is
+fixed, and training decides where.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ EACH = ("model", "layer")
 
 
 class SparsityTarget:
-    """Cross-entropy plus a penalty that keeps the share of zeros at a target; pass it to `train` as ``loss``.
+    """Cross-entropy plus a penalty that keeps the share of keys that are cut at a target; `train` takes it as ``loss``.
 
-    With p a row's softmax, tau its threshold at full strength (whatever the warm-up), and s the share of keys that the
-    row gives weight 0 (none, if no key survives: the row falls back to its softmax):
+    With p a row's softmax, tau its threshold at full strength (whatever the warm-up), and s the share of its keys with
+    p_j <= tau:
 
         penalty = weight (mean s - target)^2 + guard mean max(0, log tau - log max_j p_j)
 
     s is counted, and differentiated as if key j were kept with probability sigmoid((log p_j - log tau) / temperature),
-    the soft mask of Kim et al. 2022 (arXiv:2107.00910, section 3.3). The second term pulls tau down where a row has no
-    survivor. Only tau gets a gradient from the penalty: the weights of the model are trained by the cross-entropy.
+    the soft mask of Kim et al. 2022 (Learned Token Pruning, arXiv:2107.00910). The second term pulls tau down where a
+    row has no survivor. Such a row falls back, so the share of exact zeros is smaller than s. That share would be no
+    target: it falls where tau is too high, which would push tau higher still. Only tau gets a gradient from the
+    penalty: the weights of the model are trained by the cross-entropy.
 
     Args:
         model: sparsified with a `LearnableThreshold`.
         config: the recipe, for its cross-entropy.
-        target: share of zeros in (0, 1), the mean over images, layers, heads and rows.
+        target: share of the keys in (0, 1) that are cut, the mean over images, layers, heads and rows.
         each: ``"model"`` holds the mean over all layers at the target; ``"layer"`` holds every layer at it.
         weight, guard: factors of the two terms, at least 0.
         temperature: of the sigmoid, above 0, in units of log p.
@@ -88,14 +90,14 @@ class SparsityTarget:
             loss = self.cross_entropy(forward, images, labels)
         if not found:
             raise ValueError("no sparse attention was called: the loss was made for another model than is trained")
-        zeros = torch.stack([share for share, _ in found])  # [L]
+        cut = torch.stack([share for share, _ in found])  # [L]
         distance = torch.stack([below for _, below in found]).mean()
-        missed = (zeros.mean() if self.each == "model" else zeros) - self.target
+        missed = (cut.mean() if self.each == "model" else cut) - self.target
         return loss + self.weight * missed.square().mean() + self.guard * distance
 
     @contextmanager
     def _watching(self, found: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Append each call's share of zeros and mean distance below tau, two scalars, to ``found``."""
+        """Append each call's share of keys that are cut, and mean distance of rows below tau, to ``found``."""
 
         def watch(module: nn.Module, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
             if attn_mask is not None or is_causal:
@@ -114,14 +116,12 @@ class SparsityTarget:
                 module.input_observers.remove(watch)
 
     def _share(self, scores: Tensor, threshold: LearnableThreshold) -> tuple[Tensor, Tensor]:
-        """Share of zeros among the scores [b, H, N, M], and how far rows lie below tau in log p, two scalars."""
+        """Share of the scores [b, H, N, M] that are cut, and how far rows lie below tau in log p, two scalars."""
         log_p = scores.log_softmax(dim=-1)
         log_tau = nn.functional.logsigmoid(threshold.logit)  # [1] or [H]
         log_tau = log_tau[:, None, None] if threshold.per == "head" else log_tau[0]
         cut = (log_p <= log_tau).float()
         softly = torch.sigmoid((log_tau - log_p) / self.temperature)
-        alive = (cut.amin(dim=-1, keepdim=True) == 0).float()  # [b, H, N, 1], rows with a survivor
-        # The value is that of the count, the gradient that of the soft mask.
-        zeros = (alive * (cut + softly - softly.detach())).mean()
+        share = (cut + softly - softly.detach()).mean()  # the value of the count, the gradient of the soft mask
         below = (log_tau - log_p.amax(dim=-1, keepdim=True)).clamp_min(0.0)
-        return zeros, below.mean()
+        return share, below.mean()

@@ -133,10 +133,10 @@ def test_a_study_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     asked: list[tuple[str, ...]] = []
     stop_after = 3
 
-    def each(work: Any, tasks: list[tuple[str, ...]], jobs: int, what: str, study: Study | None = None) -> None:
+    def each(work: Any, tasks: list[tuple[str, ...]], jobs: int, what: str, record: Any = None) -> None:
         del work, jobs, what
         for count, task in enumerate(tasks):
-            if study is None:
+            if record is None:
                 continue
             if len(asked) == stop_after:
                 raise KeyboardInterrupt
@@ -144,7 +144,7 @@ def test_a_study_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
             scores = Scores()
             scores.add("anything", count, map="attention")
             cell = {"cell": "/".join(task[1:]), "kind": "dense", "rho": 0.0, "seed": count, "part": task[1]}
-            record_cell(study, {**cell, "empty_rows": "dense", "commit": "abc"}, scores)
+            record({**cell, "empty_rows": "dense", "commit": "abc"}, scores)
 
     monkeypatch.setattr(run_module, "in_processes", each)
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from svit_utils.paths import repo_root
 SEEDS, THREE = (0, 1, 2, 3, 4), (0, 1, 2)
 FRESH_SEEDS, FRESH_PICTURES = (10, 11, 12, 13, 14), 1  # of the confirmation; no other run has them
 TEST_PICTURES = 2  # the seed of the second study's test pictures; the first study has seen those of seed 0
-TARGET = 0.72  # share of zeros at which learned thresholds are held
+TARGET = 0.72  # share of the keys that learned thresholds cut
 THRESHOLD_LR = 0.03
 
 BASE = changed(PLANTED, precision="bf16", checkpoint_every=50, eval_every=50, val_images=2000, test_images=3000)
@@ -62,7 +62,7 @@ LEARNED = {
 
 
 def learned() -> Iterator[Run]:
-    """C: is a threshold that differs by layer or head better than one for all, at an equal share of zeros?"""
+    """C: is a threshold that differs by layer or head better than one for all, at an equal share cut?"""
     for seed in SEEDS:
         for label, how in LEARNED.items():
             yield run("learned", 450, seed, label=label, learned=how, threshold=0.005)
