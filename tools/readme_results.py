@@ -9,7 +9,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from research.markdown import deit_table, planted_table, provenance_line, study_sentence, study_table, vit56_table
+from research.markdown import (
+    budget,
+    deit_sentence,
+    deit_table,
+    planted_table,
+    provenance_line,
+    study_sentence,
+    study_table,
+    vit56_table,
+)
 from svit_utils.files import read_rows
 from svit_utils.paths import results_dir
 
@@ -24,18 +33,23 @@ def block(folder: Path) -> str:
     parts = []
     for title, name, table in (
         ("PlantedShapes, the small ViT (N = 197), all runs from one dense start", "planted", planted_table),
-        ("CIFAR-10 at 224 px, DeiT-Tiny, 450 steps of 16 images", "deit_cifar10", deit_table),
+        ("CIFAR-10 at 224 px, DeiT-Tiny", "deit_cifar10", deit_table),
         ("CIFAR-10 at 56 px, the small ViT from scratch", "vit56_cifar10", vit56_table),
     ):
         lines = table(folder)
         source = [r for f in sorted(folder.glob(f"{name}*.csv")) if "_correct" not in f.name for r in read_rows(f)]
         source = [row for row in source if row["size"] == "full"]
-        parts.append(f"**{title}**\n")
+        tabled = [row for row in source if row["experiment"] != "planted_start"]  # the start is not among the runs
+        given = budget(tabled, rate=name != "deit_cifar10")  # there the rate is a column
+        parts.append(f"**{title}{f', {given}' if given else ''}**\n")
         parts.append("\n".join(lines) + "\n" if lines else "Not run yet.\n")
+        if lines and name == "deit_cifar10":
+            parts.append(deit_sentence(folder) + "\n")
         if lines and source:
             parts.append(provenance_line(source) + "\n")
     lines = study_table(folder)
-    parts.append("**The referee: do the maps lie more on the object?** (PlantedShapes, N = 197, rho = 0)\n")
+    given = budget(row for row in read_rows(folder / "study.csv") if row["size"] == "full") or "not run"
+    parts.append(f"**The referee: do the maps lie more on the object?** (PlantedShapes, N = 197, rho = 0, {given})\n")
     parts.extend(["\n".join(lines) + "\n", study_sentence(folder) + "\n"] if lines else ["Not run yet.\n"])
     tried = [row for row in read_rows(folder / "vit_base_smoke.csv") if row["size"] == "full"]
     smoke = (

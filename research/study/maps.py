@@ -73,10 +73,9 @@ def model_maps(model: nn.Module, x: Tensor, tau: float | None = None) -> dict[st
 
 def baseline_maps(x: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     """The maps of `BASELINE_MAPS`, which know no model, on a grid of ``size`` cells: name to [B, h, w]."""
-    edges = nn.functional.adaptive_avg_pool2d(edge_maps(x)[:, None], size).squeeze(1)
     return {
         "random": random_maps(len(x), size),
         "centre": centre_maps(len(x), size),
-        "edge": edges,
+        "edge": edge_maps(x, size),
         "uniform": uniform_maps(len(x), size),
     }

@@ -2,12 +2,12 @@
 
 ``means.csv``: every score of every kind of model, over its seeds. ``contrasts.csv``: the comparisons of the plan
 (results/study/PLAN.md), with intervals, corrected p-values and what they say. ``verdicts.csv``: what follows for each
-kind of map.
+kind of map. ``afterwards.csv``: comparisons that came to mind when the results were known; they judge nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ LOCALISATION_SCORES = ("pointing_game", "energy_in_mask", "iou_at_mask_area", "a
 FAITHFULNESS_SCORES = ("deletion", "insertion", "road", "infidelity", "max_sensitivity")
 ALPHA = 0.05
 # Scores for which less is better. A right answer on a picture without its object was read off the background.
-LOWER_IS_BETTER = ("infidelity", "max_sensitivity", "background_swapped", "erased accuracy")
+LOWER_IS_BETTER = ("infidelity", "max_sensitivity", "background_swapped", "on_distractors", "erased accuracy")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ def contrasts() -> Iterator[Contrast]:
         yield replace(accuracy, first=(kind, "own"), second=("dense", "own"))
 
 
+def afterwards() -> Iterator[Contrast]:
+    """Comparisons that no plan named, in families of their own: described, whatever the corrected p-value says."""
+    # Nothing is trained between these two: what the plan's rule says of them is no merit and no fault of training.
+    for name, drawn in DISPLAYED.items():
+        for metric in LOCALISATION_SCORES:
+            yield Contrast("drawing alone", 0.0, "localisation", ("dense", drawn), ("dense", name), metric)
+    pairs = [*((name, name) for name in MODEL_MAPS), *DISPLAYED.items()]
+    for rho in (0.0, 0.9):
+        for name in MODEL_MAPS:
+            of_dense = Contrast("", rho, "background", ("dense", name), ("dense", "uniform"), "on_distractors")
+            yield replace(of_dense, family=f"dense on distractors, rho {rho:g}")
+            for kind in ("sparse", "warmup"):
+                for other in (other for shown, other in pairs if shown == name):
+                    family = f"sparse on distractors, rho {rho:g}"
+                    yield replace(of_dense, family=family, first=(kind, name), second=("dense", other))
+
+
 class ImageScores:
     """The recorded scores per image of a study."""
 
@@ -108,6 +125,8 @@ class ImageScores:
             self._files[path] = read_images(path)
         columns = self._files[path]
         score = columns[f"{name}:{metric}"]
+        if metric == "on_distractors":  # not a number where the object hides them all: the same pictures for any model
+            score = score[~np.isnan(score)]
         if metric not in RELATIVE:
             return score
         return RELATIVE[metric](score, columns[f"random:{metric}"])
@@ -122,10 +141,23 @@ RELATIVE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
+BOTH = ("crossed_low", "crossed_high", "student_low", "student_high")
+
+
 def contrast_table(study: Study) -> pd.DataFrame:
-    """Every comparison that the recorded cells allow."""
-    recorded, rows = ImageScores(study), []
-    for contrast in contrasts():
+    """Every comparison of the plan that the recorded cells allow, with the wider of its two intervals."""
+    return compared(study, contrasts()).drop(columns=["judged", *BOTH], errors="ignore")
+
+
+def afterwards_table(study: Study) -> pd.DataFrame:
+    """`afterwards`, with both intervals."""
+    return compared(study, afterwards()).drop(columns=["judged", "low", "high"], errors="ignore")
+
+
+def compared(study: Study, named: Iterable[Contrast]) -> pd.DataFrame:
+    """The comparisons of ``named`` that the recorded cells allow; those that are judged are corrected by family."""
+    recorded, rows, comparisons = ImageScores(study), [], []
+    for contrast in named:
         rho, part, metric = contrast.rho, contrast.part, contrast.metric
         (kind, name), (other, shown) = contrast.first, contrast.second
         seeds = sorted(recorded.seeds(kind, rho, part) & recorded.seeds(other, rho, part))
@@ -153,11 +185,15 @@ def contrast_table(study: Study) -> pd.DataFrame:
                 "mean": result.mean,
                 "low": result.wider.low,
                 "high": result.wider.high,
+                "crossed_low": result.images.low,
+                "crossed_high": result.images.high,
+                "student_low": result.seeds.low if result.seeds else np.nan,
+                "student_high": result.seeds.high if result.seeds else np.nan,
                 "p": result.p_value,
                 "judged": contrast.judged,
-                "comparison": result,
             }
         )
+        comparisons.append(result)
     table = pd.DataFrame(rows)
     if table.empty:
         return table
@@ -166,9 +202,9 @@ def contrast_table(study: Study) -> pd.DataFrame:
         adjusted = holm(group["p"].to_numpy())
         table.loc[group.index, "p_holm"] = adjusted
         table.loc[group.index, "result"] = [
-            row.verdict(p, ALPHA) for row, p in zip(group["comparison"], adjusted, strict=True)
+            comparisons[index].verdict(p, ALPHA) for index, p in zip(group.index, adjusted, strict=True)
         ]
-    return table.drop(columns=["comparison", "judged"])
+    return table
 
 
 def mean_table(study: Study) -> pd.DataFrame:
@@ -215,8 +251,9 @@ def verdict_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def tables(study: Study) -> dict[str, pd.DataFrame]:
     """All tables by file name."""
-    found = contrast_table(study)
-    return {"means": mean_table(study), "contrasts": found, "verdicts": verdict_table(found)}
+    found, later = contrast_table(study), afterwards_table(study)
+    named = {"means": mean_table(study), "contrasts": found, "verdicts": verdict_table(found)}
+    return named if later.empty else {**named, "afterwards": later}
 
 
 def write_tables(study: Study, out: str | Path | None = None) -> list[Path]:

@@ -24,8 +24,10 @@ def centre_maps(batch: int, size: tuple[int, int], *, sigma: float = 0.25) -> Te
     return bump.expand(batch, height, width).clone()
 
 
-def edge_maps(images: Tensor) -> Tensor:
-    """Sobel gradient magnitude of the grey images: [B, 3, H, W] -> [B, H, W], float32, 0 or more, per pixel.
+def edge_maps(images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Sobel gradient magnitude of the grey images [B, 3, H, W]: [B, H, W] per pixel, float32, 0 or more.
+
+    With `size` (h, w), the mean of each cell of such a grid, [B, h, w]: beside a model's maps, give their token grid.
 
     A map that does no better than an edge detector may be one (Adebayo et al. 2018, arXiv:1810.03292). Grey is the mean
     of the channels, so normalised images will do. A ramp that rises by s per pixel gives s; a step of height h, h / 2
@@ -37,7 +39,8 @@ def edge_maps(images: Tensor) -> Tensor:
     # Smoothed one way, differenced the other: as a 3 x 3 convolution, rounding leaves even areas not quite 0.
     rows = (grey[:, :-2] + 2 * grey[:, 1:-1] + grey[:, 2:]) / 4  # [B, H, W+2]
     columns = (grey[..., :-2] + 2 * grey[..., 1:-1] + grey[..., 2:]) / 4  # [B, H+2, W]
-    return torch.hypot((rows[..., 2:] - rows[..., :-2]) / 2, (columns[:, 2:] - columns[:, :-2]) / 2)
+    edges = torch.hypot((rows[..., 2:] - rows[..., :-2]) / 2, (columns[:, 2:] - columns[:, :-2]) / 2)
+    return edges if size is None else F.adaptive_avg_pool2d(edges[:, None], size).squeeze(1)
 
 
 def uniform_maps(batch: int, size: tuple[int, int]) -> Tensor:

@@ -74,6 +74,13 @@ def test_edges_of_single_channels_count_by_a_third():
     assert edge_maps(opposed).max() == 0
 
 
+@pytest.mark.parametrize(("size", "cell"), [((14, 14), (4, 4)), ((7, 28), (8, 2)), ((56, 56), (1, 1))])
+def test_edges_on_a_grid_are_the_mean_of_each_cell(size, cell):
+    images = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(4))
+    cells = edge_maps(images).unfold(1, cell[0], cell[0]).unfold(2, cell[1], cell[1])  # [3, h, w, *cell]
+    torch.testing.assert_close(edge_maps(images, size), cells.mean(dim=(-1, -2)))
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 1, 8, 8), (2, 3, 1, 8)])
 def test_edges_of_what_is_no_image(shape):
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\] with H, W of at least 2 pixels, got \("):
