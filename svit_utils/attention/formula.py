@@ -54,7 +54,7 @@ def renormalise(r: Tensor, probs: Tensor, empty_rows: str) -> Tensor:
         return r  # no keys, no weights
     z = r.sum(dim=-1, keepdim=True)  # [..., N, 1]
     empty = z == 0
-    weights = r / z.masked_fill(empty, 1.0)  # dividing by 1 there keeps the gradient of an empty row finite
+    weights = r / z.masked_fill(empty, 1.0)  # 0 / 1: 0 / 0 is NaN, and by way of a hard cut so is its gradient
     if empty_rows == "dense":
         weights = torch.where(empty, probs, weights)
     elif empty_rows == "top1":
