@@ -80,6 +80,28 @@ def test_a_difference_is_written_as_in_the_summary() -> None:
     assert sentence({"mean": 0.25, "low": math.nan, "high": math.nan}, digits=2) == "+0.25 (one seed)"
 
 
+def test_what_runs_were_given() -> None:
+    given = extract_function(CHAPTER, "given", SCOPE)
+    rows = [{"steps": "450", "lr": rate} for rate in ("0.0003", "5e-05", "0.0003")]
+    assert given(rows[:1]) == "450 steps, rate 0.0003"
+    assert given(row for row in rows) == "450 steps, rate 5e-05 or 0.0003"
+    assert given([]) == "not run"
+
+
+def test_both_intervals_of_a_row() -> None:
+    both = extract_function(CHAPTER, "both_intervals", SCOPE)
+    row = {"mean": -0.06, "crossed_low": -0.08, "crossed_high": -0.04, "student_low": -0.181, "student_high": 0.06}
+    assert both(row, 100, 1) == "-6.0, crossed [-8.0, -4.0], Student's t [-18.1, +6.0]"
+
+
+def test_the_rule_says_something_of_a_map_that_is_only_drawn() -> None:
+    """The control of 8.5: lower than dense in one score, and the same as itself, is enough for "does not hold"."""
+    by_hand = extract_function(CHAPTER, "verdict_by_hand", SCOPE)
+    with_itself = {"energy": ["higher", "open"], "iou": ["lower", "open"], "ap": ["open", "open"]}
+    assert by_hand(with_itself) == tables.verdict(with_itself) == "does not hold"
+    assert by_hand({"energy": ["higher", "open"], "ap": ["open", "open"]}) == "open"
+
+
 def test_one_pair() -> None:
     one_pair = extract_function(CHAPTER, "one_pair", SCOPE)
     sparse, dense = np.array([True, False] * 50), np.array([True] * 100)
