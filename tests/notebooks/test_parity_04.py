@@ -154,15 +154,25 @@ def test_verdicts() -> None:
     assert judge() == judge(above, None) == "not testable here"
 
 
-def test_the_verdict_shows_the_wider_interval_and_how_many_seeds_it_has() -> None:
+def test_the_verdict_shows_both_intervals_and_how_many_seeds_it_has() -> None:
     gain = taught("gain", needs=("points", "judge"))
     crossed, student = (
         SimpleNamespace(mean=-0.06, low=-0.08, high=-0.04),
         SimpleNamespace(mean=-0.06, low=-0.2, high=0.1),
     )
-    assert "-6.0 [-20.0, +10.0] points, the wider of" in gain([crossed, student])
+    both = "-6.0 [-8.0, -4.0] points, crossed; -6.0 [-20.0, +10.0] points, Student's t"
+    assert both in gain([crossed, student])
     assert "-6.0 [-8.0, -4.0] points, one seed, images only" in gain([crossed]) and gain([crossed]).startswith("open")
     assert gain([]) == gain([None, None]) == "not testable here"
+
+
+def test_what_arms_were_trained_with() -> None:
+    given = taught("given")
+    rows = {"sparse": {"steps": "450", "lr": "0.0003"}, "dense": {"steps": "450", "lr": "5e-05"}}
+    design = SimpleNamespace(rows=rows)
+    assert given(design, "sparse") == given(design, "sparse", "sparse") == "450 steps, rate 0.0003"
+    assert given(design, "sparse", "dense") == "450 steps, rate 0.0003; dense 5e-05"
+    assert given(design, "not run") == "not tested"
 
 
 def test_harm_is_of_the_pair_and_names_the_usual_tau() -> None:
