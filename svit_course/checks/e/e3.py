@@ -18,7 +18,7 @@ from svit_utils.referee import localisation
 
 
 def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Maps float32 [B, h, w], masks bool [B, H, W]. Drawn values are multiples of 1/8: enlarging them is exact."""
+    """Maps float32 [B, h, w], masks bool [B, H, W]. Drawn values are multiples of 1/8: their sums are exact."""
     if "maps" in case:
         return np.array(case["maps"], dtype=np.float32), np.array(case["masks"], dtype=bool)
     rng, (height, width), scale = np.random.default_rng(case["seed"]), case["size"], case.get("scale", 1)
@@ -38,8 +38,8 @@ def probe(case: Case, energy_in_mask: Any, pointing_game: Any) -> Seen:
     return {**seen, "maps": maps, "masks": masks}
 
 
-def enlarged(maps: np.ndarray, masks: np.ndarray, how: str = "bilinear") -> Tensor:
-    """The maps at the masks' size, float64 [B, H, W]."""
+def enlarged(maps: np.ndarray, masks: np.ndarray, how: str = "nearest") -> Tensor:
+    """The maps at the masks' size, float64 [B, H, W]: by default every pixel has the value of its patch."""
     size = (int(masks.shape[1]), int(masks.shape[2]))
     return double(maps) if maps.shape == masks.shape else upsample(double(maps), size, how)
 
@@ -47,10 +47,12 @@ def enlarged(maps: np.ndarray, masks: np.ndarray, how: str = "bilinear") -> Tens
 def other_sizes(maps: np.ndarray, masks: np.ndarray) -> Iterator[tuple[Tensor, Tensor, str]]:
     """Maps and masks brought to one size in another way than asked for."""
     inside, size = torch.from_numpy(masks), masks.shape[1:]
-    repeated = "the map is enlarged by repeating its patches: the question asks for bilinear"
-    yield enlarged(maps, masks, "nearest"), inside, repeated
+    bilinear = (
+        "the map is enlarged bilinearly, which moves its maximum to the border: repeat each patch over its pixels"
+    )
+    yield enlarged(maps, masks, "bilinear"), inside, bilinear
     corners = F.interpolate(double(maps)[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
-    yield corners, inside, "enlarged with align_corners=True, which moves the patches: take align_corners=False"
+    yield corners, inside, bilinear
     shrunk = F.interpolate(double(masks)[:, None], size=maps.shape[1:], mode="nearest")[:, 0] > 0
     small = shrunk if bool(shrunk.flatten(1).any(dim=1).all()) else torch.ones_like(shrunk)
     yield double(maps), small, "the mask is shrunk to the map: enlarge the map to the mask"
@@ -95,6 +97,8 @@ def pointing_mistakes(maps: np.ndarray, masks: np.ndarray, pointing: np.ndarray)
     flat, on = enlarged(maps, masks).numpy().reshape(len(maps), -1), masks.reshape(len(masks), -1)  # [B, H * W]
     top, picture = flat == flat.max(axis=1, keepdims=True), np.arange(len(flat))
     hits = (top & on).sum(axis=1)
+    for resized, inside, says in other_sizes(maps, masks):  # first: a larger map's one maximum looks like an argmax
+        yield localisation.pointing_game(resized, inside).numpy(), "pointing: " + says
     share = "of tied maxima take the share that lies on the object"
     first = f"pointing: argmax takes the first of the tied maxima, in the order of storage: {share}"
     yield on[picture, flat.argmax(axis=1)], first
@@ -118,8 +122,6 @@ def pointing_mistakes(maps: np.ndarray, masks: np.ndarray, pointing: np.ndarray)
         "pointing: a blank map scores 0 here. All its pixels are tied: the same rule gives it the object's share",
     )
     yield pointing.mean(), "pointing: the mean over the batch; asked is one score per map, [B]"
-    for resized, inside, says in other_sizes(maps, masks):
-        yield localisation.pointing_game(resized, inside).numpy(), "pointing: " + says
 
 
 def judge(case: Case, seen: Seen) -> None:
@@ -160,12 +162,13 @@ QUESTION = Question(
             ],
             "masks": [SQUARE, SQUARE],
         },
-        {"what": "maps of 5 x 7 patches, masks of 20 x 28 pixels", "seed": 5, "batch": 3, "size": [5, 7], "scale": 4},
+        {"what": "maps of 5 x 7 patches, masks of 20 x 28 pixels", "seed": 5, "batch": 8, "size": [5, 7], "scale": 4},
     ),
     probe=probe,
     judge=judge,
     hints=(
-        "Bring the maps to the masks' size, then flatten both to [B, H*W] and work along dim=1: no loop is needed.",
+        'Bring the maps to the masks\' size with mode="nearest", then flatten both to [B, H*W] and work along dim=1: '
+        "no loop is needed.",
         "Energy: clamp at 0; the sum on the object over the sum of all; where nothing is positive, put ones. Pointing: "
         "compare every value with its row's largest, so that *all* tied maxima are marked, and count them.",
         "Energy: blank = positive.amax(dim=1, keepdim=True) == 0, positive = torch.where(blank, 1.0, positive), then "

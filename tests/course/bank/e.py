@@ -260,7 +260,7 @@ def tap(model, x, targets):
         """
 def pointing_game(maps, masks):
     if maps.shape != masks.shape:
-        maps = upsample(maps, tuple(masks.shape[-2:]))
+        maps = upsample(maps, tuple(masks.shape[-2:]), mode="nearest")
     highest = maps.flatten(1).argmax(dim=1, keepdim=True)
     return masks.flatten(1).gather(1, highest)[:, 0].float()
 """,
@@ -273,7 +273,7 @@ def pointing_game(maps, masks):
         """
 def pointing_game(maps, masks):
     if maps.shape != masks.shape:
-        maps = upsample(maps, tuple(masks.shape[-2:]))
+        maps = upsample(maps, tuple(masks.shape[-2:]), mode="nearest")
     top = maps == maps.amax(dim=(1, 2), keepdim=True)
     return (top & masks).flatten(1).any(dim=1).float()
 """,
@@ -286,7 +286,7 @@ def pointing_game(maps, masks):
         """
 def energy_in_mask(maps, masks):
     if maps.shape != masks.shape:
-        maps = upsample(maps, tuple(masks.shape[-2:]))
+        maps = upsample(maps, tuple(masks.shape[-2:]), mode="nearest")
     total = maps.flatten(1).sum(dim=1)
     share = masks.flatten(1).float().mean(dim=1)
     return torch.where(total == 0, share, (maps * masks).flatten(1).sum(dim=1) / total)
@@ -300,7 +300,7 @@ def energy_in_mask(maps, masks):
         """
 def energy_in_mask(maps, masks):
     if maps.shape != masks.shape:
-        maps = upsample(maps, tuple(masks.shape[-2:]))
+        maps = upsample(maps, tuple(masks.shape[-2:]), mode="nearest")
     maps = maps.clamp_min(0)
     return (maps * masks).flatten(1).sum(dim=1) / (maps.flatten(1).sum(dim=1) + 1e-8)
 """,
@@ -313,22 +313,35 @@ def energy_in_mask(maps, masks):
         """
 def energy_in_mask(maps, masks):
     if maps.shape != masks.shape:
-        maps = upsample(maps, tuple(masks.shape[-2:]))
+        maps = upsample(maps, tuple(masks.shape[-2:]), mode="nearest")
     maps = maps.clamp_min(0)
     return (maps * masks).flatten(1).sum(dim=1) / maps.flatten(1).sum(dim=1)
 """,
     ),
     Planted(
-        "enlarged by repeating patches",
+        "enlarged bilinearly",
         "e3",
         "visible",
-        "repeating its patches",
+        "energy: the map is enlarged bilinearly",
         """
 def energy_in_mask(maps, masks):
-    maps = upsample(maps, tuple(masks.shape[-2:]), mode="nearest").clamp_min(0)
+    maps = upsample(maps, tuple(masks.shape[-2:])).clamp_min(0)
     blank = maps.amax(dim=(1, 2), keepdim=True) == 0
     maps = torch.where(blank, 1.0, maps)
     return (maps * masks).flatten(1).sum(dim=1) / maps.flatten(1).sum(dim=1)
+""",
+    ),
+    Planted(
+        "the maximum of the bilinear map",
+        "e3",
+        "visible",
+        "pointing: the map is enlarged bilinearly",
+        """
+def pointing_game(maps, masks):
+    size = tuple(masks.shape[-2:])
+    maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=True)[:, 0]
+    top = maps == maps.amax(dim=(1, 2), keepdim=True)
+    return (top & masks).sum(dim=(1, 2)) / top.sum(dim=(1, 2))
 """,
     ),
     Planted(
@@ -498,7 +511,7 @@ import torch.nn.functional as F
 
 def _pairs(maps, masks):
     for heat, mask in zip(maps, masks):
-        yield F.interpolate(heat[None, None], size=mask.shape, mode="bilinear", align_corners=False)[0, 0], mask
+        yield F.interpolate(heat[None, None], size=mask.shape, mode="nearest")[0, 0], mask
 
 
 def energy_in_mask(maps, masks):
@@ -513,6 +526,28 @@ def energy_in_mask(maps, masks):
 
 def pointing_game(maps, masks):
     return torch.stack([mask[heat == heat.max()].double().mean() for heat, mask in _pairs(maps, masks)])
+""",
+    ),
+    Unusual(
+        "the mask's share in every patch in place of larger maps",
+        "e3",
+        """
+def _share(maps, masks):
+    size = tuple(maps.shape[-2:])
+    return torch.nn.functional.adaptive_avg_pool2d(masks.double(), size).flatten(1), maps.double().flatten(1)
+
+
+def energy_in_mask(maps, masks):
+    share, values = _share(maps, masks)
+    values = values.clamp_min(0)
+    values = torch.where((values > 0).any(dim=1, keepdim=True), values, torch.ones_like(values))
+    return (values * share).sum(dim=1) / values.sum(dim=1)
+
+
+def pointing_game(maps, masks):
+    share, values = _share(maps, masks)
+    top = (values == values.amax(dim=1, keepdim=True)).double()
+    return (top * share).sum(dim=1) / top.sum(dim=1)
 """,
     ),
     Unusual(
