@@ -21,7 +21,16 @@ from svit_utils.building import SMALL_VIT, build, create_model, pretrained_confi
 from svit_utils.exclusive import exclusively
 from svit_utils.files import replacing
 from svit_utils.paths import checkpoints_dir
-from svit_utils.weights import WeightsError, load_weights, read_state, save_weights, state_difference, unwrap
+from svit_utils.weights import (
+    SPARSE_NOTE,
+    WeightsError,
+    load_weights,
+    read_state,
+    save_weights,
+    sparse_note,
+    state_difference,
+    unwrap,
+)
 
 __all__ = ["SMALL_VIT", "WeightsError", "create_model", "load_embedded", "load_trained", "load_weights"]
 __all__ += ["pretrained_config", "read_card", "resize", "save_trained", "save_weights"]
@@ -93,7 +102,7 @@ def save_trained(
     config[_OURS]["learned"] = {name: state.pop(name).tolist() for name in learned}
     with replacing(path / _CONFIG) as text:
         text.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_weights(state, path / _WEIGHTS, {"format": "pt"})
+        save_weights(state, path / _WEIGHTS, {"format": "pt", **sparse_note(model)})
     return path
 
 
@@ -229,7 +238,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             with safe_open(path, framework="pt") as file:
                 flat = dict(file.metadata() or {})
             if "card" not in flat:
-                return {k: v for k, v in flat.items() if k != "format"}
+                return {k: v for k, v in flat.items() if k not in ("format", SPARSE_NOTE)}
             text = flat["card"]
         config = json.loads(text)
         version = config[_OURS]["format"] if _OURS in config else FORMAT

@@ -150,8 +150,8 @@ def _chosen(backend: str, q: Tensor, k: Tensor, v: Tensor, call: Call, return_we
     """The backend to use, or a ValueError where the one asked for cannot do what the call asks."""
     if backend == "auto":
         return backend_for(q, k, v, attn_mask=call.attn_mask, return_weights=return_weights, dropout_p=call.dropout_p)
-    if backend == "reference":
-        return backend
+    if backend == "reference" or torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():
+        return "reference"  # a program of plain operators, whatever runs here
     why = _needs_formula(call.attn_mask, return_weights) or _FAST[backend].unfit(q, k, v, call.dropout_p)
     if why:
         raise ValueError(f"backend {backend!r} {why}")

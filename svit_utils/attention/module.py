@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partialmethod
 from typing import Any, cast
@@ -43,7 +44,7 @@ class SparseAttentionMixin(nn.Module):
             and k [B, H, N, D] as they are multiplied (normed and rotated).
     """
 
-    dense_class: type[nn.Module]  # the timm class this one stands in for
+    dense_class: type[nn.Module]  # the class this one stands in for: timm's, or a subclass of it
     normaliser: Normaliser
     threshold: Threshold | None
     backend: str
@@ -67,16 +68,28 @@ class SparseAttentionMixin(nn.Module):
         parameter = next(self.parameters(), None)
         if parameter is not None and own.threshold is not None:
             own.threshold.to(parameter.device)
+        self.own_children()
         self.normaliser, self.threshold, self.backend = own, own.threshold, backend
         if "observers" not in self.__dict__:
             self.observers, self.row_observers, self.input_observers = [], [], []
+
+    def own_children(self) -> None:
+        """Stop sharing the dictionary of children, as a module and its shallow copies do: theirs stay as they are."""
+        self.__dict__["_modules"] = self._modules.copy()
 
     def __getstate__(self) -> dict[str, Any]:
         # Observers watch this module, not its copies: without this, deepcopy and pickle would take them along.
         return {**self.__dict__, "observers": [], "row_observers": [], "input_observers": []}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "made_here" not in vars(type(self)):
+            return super().__reduce_ex__(protocol)
+        return _blank, (self.dense_class,), self.__getstate__()  # the class has no address to be pickled by
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """[B, H, N, D] each to [B, H, N, D]: what stands in the place of timm's softmax(Q K^T) V."""
+        if self.threshold is not None and self.threshold.warmup.is_meta and not q.is_meta:
+            self.threshold.leave_meta(q.device)
         for watch in self.input_observers:
             watch(self, q, k, attn_mask, is_causal)
         masks = {"attn_mask": attn_mask, "is_causal": is_causal}
@@ -84,7 +97,11 @@ class SparseAttentionMixin(nn.Module):
             return self._attend_fused(q, k, v, masks)
         check_shapes(q, k, v, attn_mask, is_causal)
         dropout = cast(nn.Module, self.attn_drop)
-        record = attend(q, k, v, self.normaliser, scale=cast(float, self.scale), dropout=dropout, **masks)  # type: ignore[arg-type]
+        normaliser = self.normaliser
+        if normaliser.threshold is not self.threshold:  # in a replica of DataParallel, or given by hand
+            normaliser = copy.copy(normaliser)
+            normaliser.threshold = self.threshold
+        record = attend(q, k, v, normaliser, scale=cast(float, self.scale), dropout=dropout, **masks)  # type: ignore[arg-type]
         for observer in self.observers:
             observer(self, record)
         if self.row_observers:
@@ -150,7 +167,7 @@ class SparseAttention(SparseAttentionMixin, Attention):
 
         timm asks for a class there and refuses a ``functools.partial``.
         """
-        own = {"__init__": partialmethod(cls.__init__, **settings), "__module__": cls.__module__}
+        own = {"__init__": partialmethod(cls.__init__, **settings), "__module__": cls.__module__, "made_here": True}
         return type(cls.__name__, (cls,), own)
 
     def __init__(
@@ -234,3 +251,23 @@ class SparseEvaAttention(_RotaryMixin, EvaAttention):
 SPARSE_CLASSES: dict[type[nn.Module], type[SparseAttentionMixin]] = {
     cls.dense_class: cls for cls in (SparseAttention, SparseAttentionRope, SparseEvaAttention)
 }
+
+_TWINS = dict(SPARSE_CLASSES)  # with those of subclasses, as they come
+
+
+def sparse_class(cls: type[nn.Module]) -> type[SparseAttentionMixin] | None:
+    """The sparse twin of a timm attention class, or of a subclass that keeps timm's forward; None for another class.
+
+    The twin of a subclass derives from it too, and has all that the subclass adds, such as parametrizations.
+    """
+    for dense, sparse in SPARSE_CLASSES.items():
+        if cls not in _TWINS and issubclass(cls, dense) and cls.forward is dense.forward:
+            own = {"dense_class": cls, "__module__": cls.__module__, "made_here": True}
+            _TWINS.setdefault(cls, type(f"Sparse{cls.__name__}", (sparse, cls), own))
+    return _TWINS.get(cls)
+
+
+def _blank(dense_class: type[nn.Module]) -> SparseAttentionMixin:
+    """A module of the sparse twin's class without anything in it, as pickle fills it."""
+    cls = cast(type[SparseAttentionMixin], sparse_class(dense_class))
+    return cls.__new__(cls)

@@ -283,7 +283,7 @@ def describe(normaliser: Normaliser) -> dict[str, Any]:
     found: dict[str, Any] = {"name": _name_of(normaliser, NORMALISERS, "NORMALISERS"), **normaliser.settings()}
     if (threshold := normaliser.threshold) is not None:
         kind = _name_of(threshold, THRESHOLDS, "THRESHOLDS")
-        found["threshold"] = {"kind": kind, **threshold.settings(), "warmup": float(threshold.warmup)}
+        found["threshold"] = {"kind": kind, **threshold.settings(), "warmup": threshold.share}
     return found
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from svit_utils.attention.functional import check_backend
-from svit_utils.attention.module import SPARSE_CLASSES, SparseAttentionMixin
+from svit_utils.attention.module import SPARSE_CLASSES, SparseAttentionMixin, sparse_class
 from svit_utils.attention.normalisers import Normaliser, ThresholdedSoftmax, as_normaliser, describe, from_description
 from svit_utils.attention.thresholds import LearnableThreshold, ThresholdLike
 from svit_utils.exclusive import exclusive, exclusively
@@ -25,7 +26,7 @@ _ATTENTION_NAME = re.compile(r"att(entio)?n|parallelscaling|^xca$", re.IGNORECAS
 _POOLING_NAME = re.compile(r"pool", re.IGNORECASE)
 # What a sparse module has and its dense twin has not.
 _OBSERVERS = ("observers", "row_observers", "input_observers")
-_SPARSE_ATTRIBUTES = ("normaliser", "threshold", "backend", *_OBSERVERS, "_dense_class")
+_SPARSE_ATTRIBUTES = ("normaliser", "threshold", "backend", *_OBSERVERS)
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,19 @@ def sparsify(
 
 @exclusively
 def densify(model: nn.Module) -> nn.Module:
-    """Undo `sparsify` in place and return the model; weights are not touched, so outputs come back bit for bit."""
-    for module in sparse_modules(model).values():
+    """Undo `sparsify` in place and return the model; weights are not touched, so outputs come back bit for bit.
+
+    Raises:
+        ValueError: an attention module was parametrized after it became sparse.
+    """
+    modules = sparse_modules(model)
+    for name, module in modules.items():
+        if is_parametrized(module) and "dense_class" not in vars(type(module)):
+            raise ValueError(
+                f"{name} was parametrized after it became sparse, and would lose that: remove the parametrizations "
+                "first (torch.nn.utils.parametrize.remove_parametrizations), or parametrize before sparsify"
+            )
+    for module in modules.values():
         _restore(module)
     return model
 
@@ -256,14 +268,12 @@ def _said(module: SparseAttentionMixin) -> str:
 
 def _convert(module: nn.Module, normaliser: Normaliser, backend: str) -> None:
     if not isinstance(module, SparseAttentionMixin):
-        dense_class = type(module)
-        module.__class__ = _sparse_class(dense_class)
-        module._dense_class = dense_class  # type: ignore[assignment]
+        module.__class__ = sparse_class(type(module))
     module.set_normaliser(normaliser, backend)  # type: ignore[operator]
 
 
 def _restore(module: nn.Module) -> None:
-    _bring_to(module, module.__dict__.get("_dense_class", type(module).dense_class), {})  # type: ignore[attr-defined]
+    _bring_to(module, type(module).dense_class, {})  # type: ignore[attr-defined]
 
 
 def _state(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
@@ -274,6 +284,8 @@ def _state(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
 
 def _bring_to(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any]) -> None:
     """Back to a `_state`."""
+    if isinstance(module, SparseAttentionMixin):
+        module.own_children()
     for name in _SPARSE_ATTRIBUTES:
         if name in module.__dict__ or name in module._modules:
             delattr(module, name)
@@ -284,20 +296,12 @@ def _bring_to(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any
         attributes["threshold"].to(next(module.parameters()).device)
 
 
-def _sparse_class(cls: type[nn.Module]) -> type[SparseAttentionMixin] | None:
-    """The sparse twin of a timm attention class, or of a subclass that keeps timm's forward."""
-    for dense, sparse in SPARSE_CLASSES.items():
-        if issubclass(cls, dense):
-            return sparse if cls.forward is dense.forward else None
-    return None
-
-
 def _supported_modules(model: nn.Module) -> dict[str, nn.Module]:
     supported = {}
     unsupported = set()
     for name, module in model.named_modules():
         cls = type(module)
-        if isinstance(module, SparseAttentionMixin) or _sparse_class(cls) is not None:
+        if isinstance(module, SparseAttentionMixin) or sparse_class(cls) is not None:
             supported[name] = module
         elif isinstance(module, tuple(SPARSE_CLASSES)):
             raise ValueError(

@@ -6,12 +6,15 @@ tau is kept in float32 whatever the model's dtype: in bf16 an update of a learne
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 EMPTY_ROWS = ("zero", "dense", "top1", "cap")
 
@@ -31,7 +34,7 @@ class Threshold(nn.Module):
         # The numbers are kept as Python values too: a module that is built on the meta device, emptied onto another one
         # and given a state_dict would otherwise compute with whatever lay in memory.
         self._numbers: dict[str, Any] = {"warmup": 1.0}
-        self.register_buffer("warmup", torch.ones(()), persistent=False)
+        self.register_buffer("warmup", torch.ones((), dtype=torch.float32), persistent=False)
 
     def forward(self, keys: int | Tensor) -> Tensor:
         """Tau, broadcastable to [B, H, N, 1], for queries that may attend to ``keys`` keys (int or tensor)."""
@@ -39,7 +42,7 @@ class Threshold(nn.Module):
 
     def for_heads(self, num_heads: int) -> Threshold:
         """The object a layer of ``num_heads`` heads holds: a copy, unless it is shared between layers."""
-        return copy.deepcopy(self)
+        return copy.deepcopy(self, cast(Any, {_QUIET: True}))
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON takes them; the value of a learned tau lies in the state_dict."""
@@ -47,6 +50,9 @@ class Threshold(nn.Module):
 
     def set_warmup(self, fraction: float) -> Threshold:
         """Multiply tau by ``fraction`` in [0, 1] from now on: training raises it from 0 to 1 to introduce the cut.
+
+        A copy of the model, such as an average of its weights, has a factor of its own: make it at the full tau, as
+        `svit_utils.training.train` does, or set its factor too.
 
         Raises:
             ValueError: a fraction outside [0, 1].
@@ -57,6 +63,23 @@ class Threshold(nn.Module):
         self.warmup.fill_(fraction)
         return self
 
+    @property
+    def share(self) -> float:
+        """The factor of `set_warmup` that is in force."""
+        return self._numbers["warmup"] if self.warmup.is_meta else float(self.warmup)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Threshold:
+        if self.share < 1 and not memo.setdefault(_QUIET, False):
+            memo[_QUIET] = True  # one message for a model
+            log.warning(
+                "a copy is made of a model whose tau stands at %.3g of its value, and stays there when that of the "
+                "original rises, unless it is set too: module.threshold.set_warmup(1.0) for each of sparse_modules",
+                self.share,
+            )
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follow the model to another device, but stay in float32 when the model is cast."""
 
@@ -64,13 +87,24 @@ class Threshold(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        was_meta = self.warmup.is_meta
+        before = {name: getattr(self, name).detach() for name in self._numbers}
         applied = super()._apply(keep_dtype, recurse)
-        if was_meta and not self.warmup.is_meta:
-            with torch.no_grad():
-                for name, number in self._numbers.items():
-                    getattr(self, name).copy_(torch.tensor(number, device="cpu"))
+        for name, old in before.items():  # `to_empty` leaves nothing but memory, and comes once for each layer
+            new = getattr(self, name).detach()
+            if old.is_meta and not new.is_meta:
+                new.copy_(self._number(name)) if name in self._buffers else new.fill_(self._numbers[name][0])
+            elif type(new) is Tensor and not new.is_meta and not torch.equal(new.cpu(), old.cpu()):
+                new.copy_(old)
         return applied
+
+    def leave_meta(self, device: torch.device) -> None:
+        """Bring to ``device`` what an assigned state_dict has left on the meta device, since it does not hold it."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.is_meta:
+                self._buffers[name] = self._number(name).to(device)
+
+    def _number(self, name: str) -> Tensor:
+        return torch.tensor(self._numbers[name], dtype=torch.float32, device="cpu")
 
 
 class FixedThreshold(Threshold):
@@ -90,8 +124,9 @@ class FixedThreshold(Threshold):
             value = torch.as_tensor(tau, dtype=torch.float32, device=where).detach().clone()
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"tau must be a number or have shape [H], got {tau!r}") from None
-        if value.ndim > 1:
-            raise ValueError(f"tau must be a number or have shape [H], got shape {tuple(value.shape)}")
+        if value.ndim > 1 or value.is_meta:
+            found = "a tensor without values, on the meta device" if value.is_meta else f"shape {tuple(value.shape)}"
+            raise ValueError(f"tau must be a number or have shape [H], got {found}")
         _check_range(value, tau)
         self._numbers["value"] = value.tolist()
         self.register_buffer("value", value, persistent=False)
@@ -107,7 +142,7 @@ class FixedThreshold(Threshold):
 
     def for_heads(self, num_heads: int) -> Threshold:
         _check_entries(self.value, num_heads)
-        return copy.deepcopy(self)
+        return super().for_heads(num_heads)
 
     def settings(self) -> dict[str, Any]:
         return {"tau": [_rounded(tau) for tau in self.value] if self.value.ndim else _rounded(self.value)}
@@ -173,7 +208,7 @@ class LearnableThreshold(Threshold):
         self.init, self.per = float(init), per
         # One number has shape [1]: FSDP2 refuses parameters without a dimension.
         self._numbers["logit"] = [math.log(init / (1 - init))]
-        self.logit = nn.Parameter(torch.tensor(self._numbers["logit"]))
+        self.logit = nn.Parameter(torch.tensor(self._numbers["logit"], dtype=torch.float32))
 
     @property
     def tau(self) -> Tensor:
@@ -187,7 +222,7 @@ class LearnableThreshold(Threshold):
     def for_heads(self, num_heads: int) -> Threshold:
         if self.per == "model":
             return self
-        own = copy.deepcopy(self)
+        own: Any = super().for_heads(num_heads)
         if self.per == "head":
             if own.logit.numel() > 1:
                 _check_entries(own.logit, num_heads)
@@ -200,6 +235,8 @@ class LearnableThreshold(Threshold):
     def extra_repr(self) -> str:
         return f"per={self.per!r}"
 
+
+_QUIET = "svit_utils: said, or need not be said"  # in the memo of a deepcopy
 
 THRESHOLDS: dict[str, type[Threshold]] = {"fixed": FixedThreshold, "relative": RelativeThreshold}
 THRESHOLDS["learnable"] = LearnableThreshold

@@ -179,8 +179,8 @@ class TokenSparsityTracker:
         turns: dict[int, Iterator[str]] = {}  # by thread: each goes through the model by itself
 
         def observe(_: SparseAttentionMixin, rows: AttentionRows) -> None:
-            if torch._C._current_graph_task_id() != -1:
-                return  # inside a backward pass: gradient checkpointing repeats a call that was counted
+            if torch._C._current_graph_task_id() != -1 or torch.jit.is_tracing():
+                return  # in a backward pass, gradient checkpointing repeats a call that was counted
             name = next(turns.setdefault(threading.get_ident(), cycle(places)))
             with self._adding:
                 for queries, part in (("all", rows), ("class", rows.first())):
