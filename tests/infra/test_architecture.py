@@ -23,6 +23,7 @@ ADDED = (
     15,  # localisation on a map's own grid
     170,  # thresholds that learn to share out a sparsity
     273,  # threads that share a model
+    109,  # what hosts do to a sparse model: empty it, copy it, parametrize it, load its weights elsewhere
     3,  # edges on a grid of tokens
 )
 LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 9000 + sum(ADDED), 400, 80
