@@ -1,4 +1,4 @@
-"""The command line: ``python -m research experiment | study | plan``."""
+"""The command line: ``python -m research experiment | study | plan | erratum``."""
 
 from __future__ import annotations
 
@@ -62,6 +62,16 @@ def write_plan(options: argparse.Namespace) -> None:
     print(write_rows(folder / "planned.csv", rows[0], rows))
 
 
+def write_erratum(options: argparse.Namespace) -> None:
+    """Write results/study/erratum*.csv: the shipped models' maps scored as the first study did, and by patch."""
+    from pathlib import Path
+
+    from research import erratum
+
+    for path in erratum.write_erratum(None if options.out is None else Path(options.out), images=options.images):
+        print(path)
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
@@ -92,6 +102,10 @@ def parser() -> argparse.ArgumentParser:
 
     plan = add("plan", write_plan)
     plan.add_argument("--out", metavar="FOLDER", help="where to (default: results/)")
+
+    erratum = add("erratum", write_erratum)
+    erratum.add_argument("--images", type=int, default=1000, metavar="N", help="test pictures (default: 1000)")
+    erratum.add_argument("--out", metavar="FOLDER", help="where to (default: results/study)")
     return whole
 
 

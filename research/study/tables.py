@@ -2,7 +2,8 @@
 
 ``means.csv``: every score of every kind of model, over its seeds. ``contrasts.csv``: the comparisons of the plan
 (results/study/PLAN.md), with intervals, corrected p-values and what they say. ``verdicts.csv``: what follows for each
-kind of map. ``afterwards.csv``: comparisons that came to mind when the results were known; they judge nothing.
+kind of map. ``both_right.csv``: the plan's comparisons of maps on the pictures that both models get right, described.
+``afterwards.csv``: comparisons that came to mind when the results were known; they judge nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from research.rows import write_csvs
 from research.study.maps import DISPLAYED, MATCHED, MODEL_MAPS
 from research.study.store import images_path, read_images
 from research.study.studies import Study
-from svit_utils.records import verdict
+from svit_utils.records import correct_by_run, verdict
 from svit_utils.referee import compare, holm, student_interval
 
 # The comparisons of the analysis plan (results/study/PLAN.md). They stay as they are: a score added here would change
@@ -131,6 +132,20 @@ class ImageScores:
             return score
         return RELATIVE[metric](score, columns[f"random:{metric}"])
 
+    def paired(self, contrast: Contrast) -> tuple[list[int], np.ndarray, np.ndarray] | None:
+        """The seeds that both sides have, and their scores [S, n] each; None where there are none."""
+        rho, part, metric = contrast.rho, contrast.part, contrast.metric
+        (kind, name), (other, shown) = contrast.first, contrast.second
+        seeds = sorted(self.seeds(kind, rho, part) & self.seeds(other, rho, part))
+        if not seeds:
+            return None
+        try:
+            a = np.stack([self.scores(kind, rho, seed, part, name, metric) for seed in seeds])
+            b = np.stack([self.scores(other, rho, seed, part, shown, metric) for seed in seeds])
+        except KeyError:  # this study has not scored such a map, or not with this score
+            return None
+        return seeds, a, b
+
 
 # Probabilities and logits of two models are not on one scale: each score is taken against a random map's on the model.
 RELATIVE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -158,28 +173,14 @@ def compared(study: Study, named: Iterable[Contrast]) -> pd.DataFrame:
     """The comparisons of ``named`` that the recorded cells allow; those that are judged are corrected by family."""
     recorded, rows, comparisons = ImageScores(study), [], []
     for contrast in named:
-        rho, part, metric = contrast.rho, contrast.part, contrast.metric
-        (kind, name), (other, shown) = contrast.first, contrast.second
-        seeds = sorted(recorded.seeds(kind, rho, part) & recorded.seeds(other, rho, part))
-        if not seeds:
+        found = recorded.paired(contrast)
+        if found is None:
             continue
-        try:
-            a = np.stack([recorded.scores(kind, rho, seed, part, name, metric) for seed in seeds])
-            b = np.stack([recorded.scores(other, rho, seed, part, shown, metric) for seed in seeds])
-        except KeyError:  # this study has not scored such a map, or not with this score
-            continue
+        _, a, b = found
         result = compare(a, b, resamples=study.resamples)
         rows.append(
             {
-                "family": contrast.family,
-                "rho": contrast.rho,
-                "first": kind,
-                "second": f"{other} {shown.removeprefix(name + '_')}" if shown != name else other,
-                "map": name,
-                "metric": contrast.metric,
-                "better": "lower"
-                if {contrast.metric, f"{name} {contrast.metric}"} & set(LOWER_IS_BETTER)
-                else "higher",
+                **in_words(contrast),
                 "seeds": result.n_seeds,
                 "images": result.n_images,
                 "mean": result.mean,
@@ -205,6 +206,58 @@ def compared(study: Study, named: Iterable[Contrast]) -> pd.DataFrame:
             comparisons[index].verdict(p, ALPHA) for index, p in zip(group.index, adjusted, strict=True)
         ]
     return table
+
+
+def in_words(contrast: Contrast) -> dict[str, Any]:
+    """The comparison as the first columns of a table."""
+    (kind, name), (other, shown), metric = contrast.first, contrast.second, contrast.metric
+    return {
+        "family": contrast.family,
+        "rho": contrast.rho,
+        "first": kind,
+        "second": f"{other} {shown.removeprefix(name + '_')}" if shown != name else other,
+        "map": name,
+        "metric": metric,
+        "better": "lower" if {metric, f"{name} {metric}"} & set(LOWER_IS_BETTER) else "higher",
+    }
+
+
+def both_right_table(study: Study) -> pd.DataFrame:
+    """The plan's comparisons of maps once more, each seed on the test pictures that both of its models get right.
+
+    A model that is right less often may have worse maps for that reason alone. ``pictures`` is the fewest of a seed,
+    ``everywhere`` the mean over all pictures. The pictures left differ by seed, so the interval is Student's, over the
+    seeds' means.
+    """
+    recorded, right, rows = ImageScores(study), correct_by_run(study.experiment.name, study.out.parent), []
+    for contrast in contrasts():
+        found = recorded.paired(contrast) if contrast.family in ("localisation", "faithfulness") else None
+        if found is None:
+            continue
+        seeds, a, b = found
+        runs = [
+            [recorded.names[kind, contrast.rho, seed] for seed in seeds]
+            for kind in (contrast.first[0], contrast.second[0])
+        ]
+        if not all(name in right for names in runs for name in names):
+            continue
+        both = np.logical_and(*(np.stack([right[name][: a.shape[1]] for name in names]) for names in runs))  # [S, n]
+        if not both.any(axis=1).all():
+            continue
+        means = np.array([row[kept].mean() for row, kept in zip(a - b, both, strict=True)])  # [S]
+        interval = student_interval(means) if len(means) > 1 else None
+        rows.append(
+            {
+                **in_words(contrast),
+                "seeds": len(seeds),
+                "pictures": int(both.sum(axis=1).min()),
+                "everywhere": float((a - b).mean()),
+                "mean": float(means.mean()),
+                "low": interval.low if interval else np.nan,
+                "high": interval.high if interval else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def mean_table(study: Study) -> pd.DataFrame:
@@ -253,7 +306,8 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
     """All tables by file name."""
     found, later = contrast_table(study), afterwards_table(study)
     named = {"means": mean_table(study), "contrasts": found, "verdicts": verdict_table(found)}
-    return named if later.empty else {**named, "afterwards": later}
+    described = {"both_right": both_right_table(study), "afterwards": later}
+    return named | {name: table for name, table in described.items() if not table.empty}
 
 
 def write_tables(study: Study, out: str | Path | None = None) -> list[Path]:

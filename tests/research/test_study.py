@@ -16,10 +16,17 @@ from research.study.run import belongs, run_study, sparse_partner
 from research.study.scores import PARTS, Scores
 from research.study.store import images_path, read_images, record_cell, write_images
 from research.study.studies import Study, get_study
-from research.study.tables import LOCALISATION_SCORES, afterwards, contrast_table, contrasts, write_tables
-from svit_utils.files import read_rows
+from research.study.tables import (
+    LOCALISATION_SCORES,
+    afterwards,
+    both_right_table,
+    contrast_table,
+    contrasts,
+    write_tables,
+)
+from svit_utils.files import read_rows, write_rows
 from svit_utils.paths import results_dir
-from svit_utils.records import verdict
+from svit_utils.records import correct_by_run, pack, verdict
 
 FULL = get_study("full")
 STUDY = results_dir() / "study"
@@ -119,6 +126,56 @@ def test_a_planted_difference_is_found_with_its_sign_and_equal_kinds_are_open(tm
     assert set(contrast_table(study)["result"].replace("", "open")) == {"open"}
 
 
+def test_on_the_pictures_that_both_get_right_maps_of_wrong_answers_do_not_count(tmp_path: Path) -> None:
+    smoke = small_study(tmp_path)
+    first = [run for run in smoke.experiment.runs if run.profile.config.seed == 0]
+    runs = tuple(with_seed(run, seed) for run in first for seed in range(3))
+    study = replace(smoke, experiment=replace(smoke.experiment, runs=runs))
+    record(study, {"dense": 0.5, "sparse": 0.5 - 0.125, "warmup": 0.5})
+    assert both_right_table(study).empty, "nobody has recorded which answers were right"
+    rows = []
+    for number, run in enumerate(runs):
+        right = np.random.default_rng(number).random(60) < 0.8  # of 60 test pictures; 40 have been scored
+        rows.append({"name": run.name, "size": "full", "n": 60, "correct": pack(right)})
+        path = images_path(study, run.name, "localisation")
+        # A wrong answer's map is off by one more, which no comparison of right ones may see.
+        write_images(
+            path, {key: values - (run.kind == "sparse") * ~right[:40] for key, values in read_images(path).items()}
+        )
+    write_rows(study.out.parent / f"{study.experiment.name}_correct.csv", rows[0], rows)
+    right = correct_by_run(study.experiment.name, study.out.parent)
+    both = [right[f"sparse-rho0-seed{seed}"][:40] & right[f"dense-rho0-seed{seed}"][:40] for seed in range(3)]
+    table = both_right_table(study)
+    assert len(table) == 40 and set(table["family"]) == {"localisation"} and (table["seeds"] == 3).all()
+    sparse = table[(table["first"] == "sparse") & (table["second"] == "dense")]
+    assert set(sparse["pictures"]) == {min(int(kept.sum()) for kept in both)} and 10 < min(sparse["pictures"]) < 40
+    np.testing.assert_allclose(sparse["mean"], -0.125, atol=1e-4)  # four digits are stored
+    assert (sparse["everywhere"] < -0.2).all()
+    assert ((sparse["low"] <= sparse["mean"]) & (sparse["mean"] <= sparse["high"])).all()
+    # With another map the noise does not cancel: Student's interval over the three means, by hand.
+    drawn = table[(table["first"] == "sparse") & (table["second"] == "dense displayed")].iloc[0]
+    score = f"{drawn['map']}:{drawn['metric']}"
+    means = []
+    for seed, kept in enumerate(both):
+        mine, dense = (
+            read_images(images_path(study, f"{kind}-rho0-seed{seed}", "localisation")) for kind in ("sparse", "dense")
+        )
+        means.append((mine[score] - dense[f"attention_displayed:{drawn['metric']}"])[kept].mean())
+    half = 4.302652729911275 * np.std(means, ddof=1) / 3**0.5  # t of two degrees of freedom, 95 %
+    np.testing.assert_allclose(
+        drawn[["mean", "low", "high"]].astype(float), np.mean(means) + np.array([0, -half, half])
+    )
+
+
+def test_the_recorded_answers_are_of_the_pictures_whose_maps_were_scored() -> None:
+    right = correct_by_run("study")
+    for name in ("dense-rho0-seed0", "sparse-rho0-seed1", "warmup-rho0-seed4"):
+        again = read_images(images_path(FULL, name, "background"))["own:accuracy"] == 1
+        assert len(again) == len(right[name]) == 1000
+        # Counted under bf16 autocast there and in float32 here, so close calls differ; in another order far more would.
+        assert (again != right[name]).sum() <= 10 < 50 < (np.roll(again, 1) != right[name]).sum()
+
+
 def test_the_rule_of_the_plan() -> None:
     assert verdict({"a": ["higher", "higher"], "b": ["open", "open"]}) == "holds"
     assert verdict({"a": ["higher", "open"], "b": ["open", "open"]}) == "open", "it has to beat the drawing too"
@@ -196,7 +253,9 @@ def test_the_tables_of_deit_follow_too_and_one_seed_decides_nothing(tmp_path: Pa
 
 
 def test_the_recorded_tables_follow_from_the_recorded_scores_byte_for_byte(tmp_path: Path) -> None:
-    for path in write_tables(FULL, tmp_path):
+    paths = write_tables(FULL, tmp_path)
+    assert {path.stem for path in paths} == {path.stem for path in (STUDY / "tables").iterdir()}
+    for path in paths:
         assert path.read_bytes() == (STUDY / "tables" / path.name).read_bytes(), f"run `make study-tables`: {path.name}"
 
 
