@@ -127,6 +127,14 @@ def test_grad_cam(model: VisionTransformer, images: torch.Tensor, cut: bool) -> 
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_drawing_leaves_a_head_its_highest_patch_and_moves_that_of_the_mean() -> None:
+    """What exercise 2 asks: drawing keeps the order within a head, but scales the heads by different factors."""
+    heads = torch.tensor([[0.40, 0.35, 0.25], [0.10, 0.44, 0.46]])  # two heads, three patches
+    drawn = thresholded_softmax(heads.log(), 0.34)  # (0.06, 0.01, 0) / 0.07 and (0, 0.10, 0.12) / 0.22
+    assert torch.equal(drawn.argmax(dim=-1), heads.argmax(dim=-1))
+    assert (int(heads.mean(dim=0).argmax()), int(drawn.mean(dim=0).argmax())) == (1, 0)
+
+
 @pytest.mark.parametrize("kind", ["noise", "ties", "blank", "negative"])
 def test_scores(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)

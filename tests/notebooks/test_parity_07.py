@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from research.zeros import reachability
 from svit_utils.explain import displayed
 from svit_utils.records import verdict
 from svit_utils.referee import (
@@ -95,6 +96,21 @@ def test_displayed(tau: float) -> None:
     torch.testing.assert_close(got, displayed(weights, tau), **EXACT)
     if tau == 0.9:  # no row has a survivor
         assert torch.equal(got, weights)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_reached(residual: bool) -> None:
+    by_hand = extract_function(CHAPTER, "reached", {"torch": torch})
+    maps = [(2 * torch.randn(3, 2, 11, 11, generator=generator(layer)) - 3).relu() for layer in range(4)]
+    by_layers = [float(reachability(maps[-depth:], residual)[-1, :, 0, 1:].double().mean()) for depth in range(1, 5)]
+    got = by_hand(maps, residual=residual)
+    assert got.tolist() == pytest.approx(by_layers, abs=1e-6) and 0 < by_layers[0] < 1
+    # One row that fell back reaches everything, unless it is left out; then it is as if it read nothing.
+    full = [layer.clone() for layer in maps]
+    full[2][:, 0, 5] = 1.0
+    empty = [layer.clone() for layer in maps]
+    empty[2][:, 0, 5] = 0.0
+    assert by_hand(full, 10, residual).tolist() == by_hand(empty, None, residual).tolist()
 
 
 def test_holm() -> None:
