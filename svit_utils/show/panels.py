@@ -59,13 +59,14 @@ def weights_panel(weights: np.ndarray, grid: TokenGrid, token: int, top: float) 
 
 def row_panel(p: np.ndarray, tau: float, grid: TokenGrid) -> Image.Image:
     """The row p [N] in falling order on a logarithmic axis, with tau across: kept keys in blue, cut keys in grey."""
-    width, height = _cell(grid) * grid.width, _cell(grid) * grid.height
+    # As large as the image, and large enough for an axis where the grid is one long strip of patches.
+    width, height = (max(_cell(grid) * side, _SIDE // 2) for side in (grid.width, grid.height))
     panel = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(panel)
-    left, low = 34, 1e-5  # room for the axis; the smallest value drawn
+    left, bottom, low = 34, height - 16, 1e-5  # room for the axes; the smallest value drawn
 
     def y(value: float) -> float:
-        return (height - 16) * np.log(max(value, low)) / np.log(low)
+        return min(bottom, bottom * np.log(max(value, low)) / np.log(low))  # rounding may put `low` below the axis
 
     for decade in (1e-1, 1e-2, 1e-3, 1e-4):
         draw.line((left, y(decade), width, y(decade)), fill=(225, 225, 225))
@@ -74,10 +75,10 @@ def row_panel(p: np.ndarray, tau: float, grid: TokenGrid) -> Image.Image:
     edges = np.linspace(left + 1, width, len(order) + 1).astype(int)  # whole pixels, or gaps would look like data
     for x, end, value in zip(edges[:-1], edges[1:], order, strict=True):
         colour = (0, 114, 178) if value > tau else (190, 190, 190)
-        draw.rectangle((x, y(float(value)), max(end - 1, x), height - 16), fill=colour)
+        draw.rectangle((x, y(float(value)), max(end - 1, x), bottom), fill=colour)
     if tau > 0:
         draw.line((left, y(tau), width, y(tau)), fill=_ACCENT, width=2)
-    draw.text((left, height - 14), "keys, by falling p (log scale)", fill=_INK, font=_font(10))
+    draw.text((left, bottom + 2), "keys, by falling p (log scale)", fill=_INK, font=_font(10))
     return panel
 
 

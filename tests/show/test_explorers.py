@@ -12,9 +12,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from svit_utils import sparsified, sparsify, thresholded_softmax
-from svit_utils.explain import attention_maps
+from svit_utils.explain import TokenGrid, attention_maps
 from svit_utils.show import attention_explorer_data, attention_picture, threshold_explorer_data, threshold_picture
-from svit_utils.show.explorers import attention_lines, threshold_lines, token_name
+from svit_utils.show.explorers import AttentionData, ThresholdData, attention_lines, threshold_lines, token_name
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,37 @@ def test_pictures_change_with_what_they_show(model):
         for c in ((0, 0, 0, 9), (1, 0, 0, 9), (0, 1, 0, 9), (0, 0, 1, 9), (0, 0, 0, 10))
     }
     assert len(pictures) == 5
+
+
+def on_grid(height: int, width: int, prefix: int) -> ThresholdData:
+    """One head, one row for all queries: falling weights, the smallest below what the picture's axis shows."""
+    grid = TokenGrid(prefix, height, width)
+    row = np.geomspace(1, 1e-9, grid.num_tokens, dtype=np.float32)
+    row[-1] = 0 if len(row) > 1 else 1
+    # The same row for every query, without a matrix of them in memory.
+    probabilities = np.broadcast_to(row / row.sum(), (1, 1, grid.num_tokens, grid.num_tokens))
+    return ThresholdData(np.full((16, 16, 3), 90, dtype=np.uint8), probabilities, ["layer"], grid)
+
+
+@pytest.mark.parametrize("side", range(1, 65))
+def test_pictures_of_square_grids(side):
+    """224 px in 14 px patches are 16 x 16: rounding put the smallest keys below the axis, which Pillow refuses."""
+    data = on_grid(side, side, prefix=(0, 1, 5)[side % 3])
+    picture = threshold_picture(data, data.grid.num_tokens - 1, 0, 0, 0.01)
+    shown = {colour for _, colour in picture.getcolors(2**20)}
+    assert picture.mode == "RGB" and (190, 190, 190) in shown  # the bars of keys that are cut
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 2), (3, 1), (4, 6), (16, 9), (7, 31), (64, 1), (1, 64), (2, 300), (1, 500), (500, 1)]
+)
+def test_pictures_of_other_grids(size):
+    data = on_grid(*size, prefix=1)
+    for token in (0, 1, data.grid.num_tokens - 1):
+        assert threshold_picture(data, token, 0, 0, 0.01).width > 3 * 240 // max(size)
+    maps = data.probabilities[None]
+    both = AttentionData([data.rgb], maps, np.where(maps > 0.01, maps, 0), ["layer"], data.grid)
+    assert attention_picture(both, token=1).mode == "RGB"
 
 
 def test_words_name_the_query_and_an_empty_row(model):
