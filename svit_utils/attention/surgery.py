@@ -330,6 +330,11 @@ def _is_attention(module: nn.Module) -> bool:
     return bool(_ATTENTION_NAME.search(type(module).__name__)) and any(True for _ in module.parameters())
 
 
+def mixes_tokens(module: nn.Module) -> bool:
+    """Attention between tokens, by its class name; not the kind that pools them."""
+    return _is_attention(module) and not _POOLING_NAME.search(type(module).__name__)
+
+
 def _find_layer(layer: Layer, names: list[str]) -> str:
     if isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
         return names[layer]

@@ -84,14 +84,16 @@ class TokenSparsityTracker:
             raise ValueError("the model has no sparse attention to track; call sparsify(model, threshold) first")
         self._names = [name for name, _ in found]
         self._observers = {m: self._observer_of([name for name, other in found if other is m]) for _, m in found}
-        self._has_class_token = has_class_token(model)
+        self._with_class_token = {name for name in self._names if has_class_token(model, name)}
         self._totals: dict[tuple[str, str], _Totals] = {}
+        self._turns = _Turns()
         self._adding = threading.Lock()
         self._model, self._entered = model, list[ExitStack]()
 
     def __enter__(self) -> TokenSparsityTracker:
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._model, block=True))
+            stack.callback(self._model.register_forward_pre_hook(self._turns).remove)
             for module, observer in self._observers.items():
                 if observer not in module.row_observers:  # entered twice, it still counts once
                     stack.callback(_take_out, module, observer)
@@ -176,18 +178,38 @@ class TokenSparsityTracker:
 
     def _observer_of(self, places: list[str]) -> RowObserver:
         """What is called at each call of a module: the calls belong to its places in turn."""
-        turns: dict[int, Iterator[str]] = {}  # by thread: each goes through the model by itself
 
-        def observe(_: SparseAttentionMixin, rows: AttentionRows) -> None:
+        def observe(module: SparseAttentionMixin, rows: AttentionRows) -> None:
             if torch._C._current_graph_task_id() != -1 or torch.jit.is_tracing():
                 return  # in a backward pass, gradient checkpointing repeats a call that was counted
-            name = next(turns.setdefault(threading.get_ident(), cycle(places)))
+            name = self._turns.next_of(module, places)
             with self._adding:
                 for queries, part in (("all", rows), ("class", rows.first())):
-                    if queries == "all" or self._has_class_token:
+                    if queries == "all" or name in self._with_class_token:
                         self._totals.setdefault((name, queries), _Totals(rows.kept.shape[1])).add(part)
 
         return observe
+
+
+class _Turns:
+    """Which place of a module has its turn. A pass begins anew, also where the last one did not call them all.
+
+    As a forward pre-hook it learns of each pass. A copy of the model gets one of its own, with which nobody counts.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, nn.Module], Iterator[str]] = {}  # by thread: each has passes of its own
+
+    def __call__(self, *_: object) -> None:
+        for key in [key for key in list(self._places) if key[0] == threading.get_ident()]:
+            del self._places[key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Turns, ()
+
+    def next_of(self, module: nn.Module, places: list[str]) -> str:
+        """The name for this call of the module."""
+        return next(self._places.setdefault((threading.get_ident(), module), cycle(places)))
 
 
 def _take_out(module: SparseAttentionMixin, observer: RowObserver) -> None:
@@ -241,6 +263,15 @@ class _Totals:
         return int(reached.to(torch.uint8).argmax())
 
 
-def has_class_token(model: nn.Module) -> bool:
-    """Whether the first token of the model is a class token (timm's ``cls_token``, also in a part of the model)."""
-    return any(getattr(part, "cls_token", None) is not None for part in model.modules())
+def has_class_token(model: nn.Module, layer: str = "") -> bool:
+    """Whether the first token is a class token (timm's ``cls_token``): in any part of the model, or where ``layer`` is.
+
+    The smallest part that holds the layer and has such an attribute, be it None, decides: a model may have two towers.
+    """
+    parts = layer.split(".") if layer else []
+    for depth in range(len(parts), -1, -1):
+        part = model.get_submodule(".".join(parts[:depth]))
+        inside = [part] if layer and hasattr(part, "cls_token") else part.modules()
+        if tokens := [module.cls_token for module in inside if hasattr(module, "cls_token")]:
+            return any(token is not None for token in tokens)
+    return False

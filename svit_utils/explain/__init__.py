@@ -3,7 +3,8 @@
 from .displayed import displayed, displayed_top
 from .gradcam import default_layer, grad_cam, layer_grad_cam
 from .grid import TokenGrid, readout_rows, token_grid, tokens_to_grid
-from .maps import attention_layers, attention_maps, class_attention, upsample
+from .layers import attention_layers
+from .maps import attention_maps, class_attention, upsample
 from .methods import METHODS, explain_batch
 from .rollout import attention_rollout, rollout_matrix
 

@@ -1,95 +1,105 @@
 """The attention weights that multiply V, of dense, sparse and mixed models, fused or not."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 
 import torch
-from timm.layers.attention import Attention, AttentionRope
-from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from svit_utils.attention.module import SparseAttentionMixin
 from svit_utils.exclusive import evaluating, exclusively, in_this_thread
 from svit_utils.explain.grid import TokenGrid, read_out, token_grid
-from svit_utils.explain.model_state import unwrap
+from svit_utils.explain.layers import SUPPORTED, Layer, Place, attention_places, called_places, find_layer, is_readable
+from svit_utils.explain.model_state import at_least_single, in_precision_of, traceable, unwrap, whole_number
+from svit_utils.explain.pooling import pooling_weights
 
 
-def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every self-attention module whose map can be read, by name, in the model's order.
+def _select(found: dict[str, Place], layers: Iterable[Layer] | Layer) -> list[str]:
+    """Those names that `layers` asks for, by index or name. Raises ValueError for one whose attention is unreadable."""
+    single = isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0
+    names = list(found)
+    picked = [names[find_layer(layer, names)] for layer in ([layers] if single else layers)]  # type: ignore[union-attr]
+    if not picked:
+        raise ValueError("layers must name at least one layer, or be None for all")
+    for name in picked:
+        if not is_readable(found[name].module):
+            raise _unreadable(found[name])
+    return picked
 
-    These are the sparse ones, and timm's `Attention`, `AttentionRope` and `EvaAttention` with timm's own forward. A
-    subclass with another forward is left out: the weights read from it might not be those that it multiplies with V.
-    """
 
-    def readable(module: nn.Module) -> bool:
-        dense = (c for c in (Attention, AttentionRope, EvaAttention) if isinstance(module, c))
-        return isinstance(module, SparseAttentionMixin) or any(type(module).forward is c.forward for c in dense)
-
-    return {name: module for name, module in unwrap(model).named_modules() if readable(module)}
-
-
-def _select(names: list[str], layers: Sequence[int | str] | int | str | None) -> list[str]:
-    """Those of `names` that `layers` asks for, by index or name, in the model's order."""
-    if layers is None:
-        return names
-    picked = []
-    for layer in [layers] if isinstance(layers, (int, str)) else layers:
-        if isinstance(layer, str) and layer in names:
-            picked.append(layer)
-        elif isinstance(layer, int) and not isinstance(layer, bool) and -len(names) <= layer < len(names):
-            picked.append(names[layer])
-        else:
-            raise ValueError(
-                f"unknown attention layer {layer!r}: allowed are indices {-len(names)} to {len(names) - 1} and the "
-                f"names {', '.join(names)}"
-            )
-    return [name for name in names if name in picked]
+def _unreadable(place: Place) -> ValueError:
+    return ValueError(
+        f"the attention of {place} cannot be read: supported are {SUPPORTED}; give in `layers` those that can be read"
+    )
 
 
 @exclusively
 @torch.no_grad()
-def attention_maps(
-    model: nn.Module, x: Tensor, layers: Sequence[int | str] | int | str | None = None
-) -> dict[str, Tensor]:
+def attention_maps(model: nn.Module, x: Tensor, layers: Iterable[Layer] | Layer | None = None) -> dict[str, Tensor]:
     """One forward pass of `x` [B, 3, H, W]: layer name -> the weights [B, H, N, N] that multiply V in that layer.
 
     For a sparse layer these are the weights after the cut, the renormalisation and the empty-row fallback. A zero
     among them says that the value of that key does not reach the query; its score still changes the denominator of the
     softmax, and with it the weights of the keys that stay.
 
-    `layers` are indices into `attention_layers(model)`, names, or None for all; order is the model's. Raises ValueError
-    for a model without readable attention, or an unknown layer.
+    `layers` are names, indices into the model's attention modules, or None for all that this pass calls. A module that
+    stands in several places has a map, a name and an index for each. The maps come in the order of the calls.
+
+    Raises ValueError for a model without readable attention, an unknown layer, one that is not called or whose
+    attention cannot be read, and a module that is called more often than it has places. With `layers` None one such
+    module is enough: none is left out.
     """
     model = unwrap(model)
-    modules = attention_layers(model)
-    if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no attention whose map can be read: supported are timm's Attention, "
-            f"AttentionRope, EvaAttention and their sparse forms"
-        )
-    names = _select(list(modules), layers)
-    store: dict[str, Tensor] = {}
+    found = attention_places(model)
+    if not any(is_readable(place.module) for place in found.values()):
+        raise ValueError(f"{type(model).__name__} has no attention whose map can be read: supported are {SUPPORTED}")
+    asked = None if layers is None else _select(found, layers)
+    read = {found[name].module for name in (found if asked is None else asked) if is_readable(found[name].module)}
+    calls, order, kept = Counter[nn.Module](), list[tuple[nn.Module, int]](), dict[tuple[nn.Module, int], Tensor]()
 
-    def keep(name: str, _module: nn.Module, _args: object, weights: Tensor) -> None:
-        store[name] = weights.detach()
+    def count(module: nn.Module, _args: object, _out: object) -> None:
+        order.append((module, calls[module]))
+        calls[module] += 1
 
+    def keep(module: nn.Module, _drop: nn.Module, _args: object, weights: Tensor) -> None:
+        kept[module, calls[module]] = weights.detach()
+
+    batch, empty = x, isinstance(x, Tensor) and not len(x)
+    if isinstance(x, Tensor) and x.is_floating_point():
+        batch = in_precision_of(model, x.new_zeros(1, *x.shape[1:]) if empty else x)  # not every model takes no image
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        for name in names:
+        stack.enter_context(traceable(model, x))
+        for module in {place.module for place in found.values()}:
+            stack.callback(module.register_forward_hook(in_this_thread(count)).remove)
+        for module in read:
             # A fused kernel never forms the weights. Unfused, timm's modules and the sparse ones hand them to
-            # `attn_drop`, which changes nothing in evaluation mode, just before they multiply them with V.
-            stack.callback(setattr, modules[name], "fused_attn", modules[name].fused_attn)
-            modules[name].fused_attn = False
-            hook = in_this_thread(partial(keep, name))
-            stack.callback(modules[name].attn_drop.register_forward_hook(hook).remove)
-        model(x)
-    return {name: store[name] for name in names if name in store}
+            # `attn_drop`, which changes nothing in evaluation mode, just before they multiply them with V. It may be
+            # one object for all layers, so each gets a container of its own around it.
+            stack.callback(setattr, module, "fused_attn", module.fused_attn)
+            stack.callback(setattr, module, "attn_drop", module.attn_drop)
+            module.fused_attn, module.attn_drop = False, nn.Sequential(module.attn_drop).eval()
+            module.attn_drop.register_forward_hook(in_this_thread(partial(keep, module)))
+        model(batch)
+    if asked is None:
+        wanted = called_places(found, calls)
+    else:
+        wanted = {name: found[name].call(calls[found[name].module]) for name in asked}
+    if not wanted:
+        raise ValueError(f"{type(model).__name__} called none of its attention modules: {', '.join(found)}")
+    maps = {}
+    for name in sorted(wanted, key=lambda name: order.index((found[name].module, wanted[name]))):
+        weights = kept.get((found[name].module, wanted[name]))
+        if weights is None:
+            raise _unreadable(found[name])
+        maps[name] = weights[:0] if empty else weights
+    return maps
 
 
 def maps_on_grid(
-    model: nn.Module, x: Tensor, layers: Sequence[int | str] | int | str | None = None
+    model: nn.Module, x: Tensor, layers: Iterable[Layer] | Layer | None = None
 ) -> tuple[dict[str, Tensor], TokenGrid]:
     """`attention_maps`, checked to be over the tokens of the model's grid (else ValueError), and that grid."""
     grid = token_grid(model, x)
@@ -100,15 +110,19 @@ def maps_on_grid(
     return maps, grid
 
 
-def class_attention(model: nn.Module, x: Tensor, layer: int | str = -1) -> Tensor:
-    """Attention of the classifier's token to every patch, per head: [B, H, h, w].
+def class_attention(model: nn.Module, x: Tensor, layer: Layer = -1) -> Tensor:
+    """Attention of the classifier's token to every patch, per head: [B, H, h, w], in single precision or wider.
 
-    The mean over the tokens that the classifier reads, `readout_rows`. Mass on prefix tokens is left out: a map sums to
-    at most 1. Errors as for `maps_on_grid`.
+    The mean over the tokens that the classifier reads, `readout_rows`; where it reads them by an attention of its own
+    (SigLIP), with the weights of that, mean over its heads. Mass on prefix tokens is left out: a map sums to at most 1.
+    Errors as for `maps_on_grid` and `readout_rows`.
     """
-    maps, grid = maps_on_grid(model, x, layer)
+    if layer is None or (not isinstance(layer, str) and whole_number(layer) is None and isinstance(layer, Iterable)):
+        raise ValueError(f"class_attention shows one layer, by index or name, got {layer!r}")
+    with pooling_weights(model) as pooled:
+        maps, grid = maps_on_grid(model, x, layer)
     (weights,) = maps.values()  # [B, H, N, N]
-    return read_out(weights, model, grid)
+    return read_out(at_least_single(weights), model, grid, *pooled)
 
 
 def upsample(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:

@@ -22,14 +22,15 @@ METHODS: dict[str, Callable[[nn.Module, Tensor, Targets], Tensor]] = {
 def explain_batch(
     model: nn.Module,
     x: Tensor,
-    methods: Sequence[str] = ("attention", "rollout", "grad_cam", "layer_grad_cam"),
+    methods: Sequence[str] | str = ("attention", "rollout", "grad_cam", "layer_grad_cam"),
     targets: Targets = None,
 ) -> dict[str, Tensor]:
-    """Maps of each of `methods` (names in `METHODS`) for images `x` [B, 3, H, W]: name -> [B, h, w] on the token grid.
+    """Maps of each of `methods` for images `x` [B, 3, H, W]: name -> [B, h, w] on the token grid.
 
-    Attention and rollout know no class; `targets` (default: the predicted classes) concerns the two Grad-CAMs. Raises
-    ValueError for an unknown method, or where a method does.
+    `methods` are names in `METHODS`, or one of them. Attention and rollout know no class; `targets` (default: the
+    predicted classes) concerns the two Grad-CAMs. Raises ValueError for an unknown method, or where a method does.
     """
+    methods = [methods] if isinstance(methods, str) else methods
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise ValueError(f"unknown method {unknown[0]!r}: allowed are {', '.join(METHODS)}")

@@ -1,12 +1,18 @@
 """Attention rollout: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers", arXiv:2005.00928, sec. 3."""
 
 from functools import reduce
+from itertools import groupby
 
 import torch
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
+from svit_utils.attention.formula import no_autocast
 from svit_utils.explain.grid import read_out
+from svit_utils.explain.layers import Layer, find_layer, places
 from svit_utils.explain.maps import maps_on_grid
+from svit_utils.explain.model_state import at_least_single, unwrap
+from svit_utils.explain.pooling import pooling_weights
 
 _FUSIONS = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
 
@@ -18,7 +24,8 @@ def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: floa
 
     with `fuse` the mean, max or min over heads, and `residual` in [0, 1). The division matters where rows do not sum to
     1: after fusing by max or min, and where the threshold emptied rows. A row that is zero throughout (emptied, with
-    residual 0) stays zero. Raises ValueError for other settings, and maps that are not square and of one size.
+    residual 0) stays zero. Half precision is widened to float32. Raises ValueError for other settings, and maps that
+    are not square and of one size.
     """
     if not maps:
         raise ValueError("rollout needs the map of at least one layer")
@@ -29,26 +36,62 @@ def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: floa
     shapes = {tuple(weights.shape[-2:]) for weights in maps}
     if len(shapes) != 1 or maps[0].shape[-2] != maps[0].shape[-1]:
         raise ValueError(f"rollout multiplies square maps of one size, got {sorted(shapes)}")
-    identity = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)
     steps = []
-    for weights in maps:
-        step = (1.0 - residual) * _FUSIONS[head_fusion](weights, dim=1) + residual * identity  # [B, N, N]
-        total = step.sum(dim=-1, keepdim=True)
-        steps.append(step / torch.where(total > 0, total, torch.ones_like(total)))
-    return reduce(lambda rolled, step: step @ rolled, steps)  # later layers from the left
+    with no_autocast(maps[0].device.type):
+        for weights in map(at_least_single, maps):
+            identity = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+            step = (1.0 - residual) * _FUSIONS[head_fusion](weights, dim=1) + residual * identity  # [B, N, N]
+            total = step.sum(dim=-1, keepdim=True)
+            steps.append(step / torch.where(total > 0, total, torch.ones_like(total)))
+        return reduce(lambda rolled, step: step @ rolled, steps)  # later layers from the left
+
+
+def _block_of(name: str) -> str:
+    """The name up to its first number: "blocks.3" of "blocks.3.attn"."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
+
+
+def _steps(model: nn.Module, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layer or block -> the weights [B, H, N, N] that it adds to the tokens at once, first step first.
+
+    Attention that runs in parallel, as in timm's `ParallelThingsBlock`, adds up: it is one attention with the heads of
+    all. Raises ValueError where the layers do not follow one another, or might not.
+    """
+    stacks = list(dict.fromkeys(_block_of(name).rpartition(".")[0] for name in maps))
+    if len(stacks) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has attention in {' and '.join(stacks)}, and rollout follows layers one after "
+            f"another: explain each of these models by itself, or give `rollout_matrix` the maps that belong together"
+        )
+    steps, named = {}, places(model)
+    for block, group in groupby(maps, _block_of):
+        names = list(group)
+        module = named[block].module
+        if len(names) > 1 and type(module).forward is not ParallelThingsBlock.forward:
+            raise ValueError(
+                f"{block} ({type(module).__name__}) holds the attention modules {', '.join(names)}, one after another "
+                f"or side by side: give `rollout_matrix` their maps, joined along the heads where they are side by side"
+            )
+        steps[names[0] if len(names) == 1 else block] = torch.cat([maps[name] for name in names], dim=1)
+    return steps
 
 
 def attention_rollout(
-    model: nn.Module, x: Tensor, head_fusion: str = "mean", residual: float = 0.5, start_layer: int = 0
+    model: nn.Module, x: Tensor, head_fusion: str = "mean", residual: float = 0.5, start_layer: Layer = 0
 ) -> Tensor:
     """How much of each patch reaches the classifier's token when attention is followed through all layers: [B, h, w].
 
-    The mean over the tokens that the classifier reads, `readout_rows`. What flows from prefix tokens is left out, so a
-    map sums to at most 1, and so are layers before `start_layer`. Rollout follows the value path only, treats all
-    values alike, leaves out projections and MLPs, and knows no class: it is not evidence *for* a label. Raises
-    ValueError for an unknown layer, and as `rollout_matrix` and `maps_on_grid`.
+    The mean over the tokens that the classifier reads, `readout_rows`, or with the weights of a head that pools by
+    attention. What flows from prefix tokens is left out, so a map sums to at most 1, and so are layers before
+    `start_layer`, an index or a name. Attention modules that run side by side are one layer, see `rollout_matrix` for
+    the others. Rollout follows the value path only, treats all values alike, leaves out projections and MLPs, and knows
+    no class: it is not evidence *for* a label. Raises ValueError for an unknown layer, layers that do not follow one
+    another, and as `rollout_matrix`, `maps_on_grid` and `readout_rows`.
     """
-    maps, grid = maps_on_grid(model, x)
-    if not 0 <= start_layer < len(maps):
-        raise ValueError(f"start_layer must lie in 0 to {len(maps) - 1}, got {start_layer!r}")
-    return read_out(rollout_matrix(list(maps.values())[start_layer:], head_fusion, residual), model, grid)
+    with pooling_weights(model) as pooled:
+        maps, grid = maps_on_grid(model, x)
+    steps = _steps(unwrap(model), maps)
+    start = find_layer(start_layer, list(steps))
+    return read_out(rollout_matrix(list(steps.values())[start:], head_fusion, residual), model, grid, *pooled)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from svit_utils.exclusive import exclusive
-from svit_utils.explain.model_state import Targets, target_classes
+from svit_utils.explain import model_state
+from svit_utils.explain.model_state import Targets
 
 
 def check_images(x: Tensor) -> None:
@@ -63,16 +64,14 @@ def filled(x: Tensor, fill: float) -> Tensor:
 def explained_classes(model: nn.Module, x: Tensor, targets: Targets, batch_size: int) -> Tensor:
     """The class explained for each of the clean images, [B] int64 on the CPU.
 
-    Raises ValueError for a class that the model does not have, or another number of classes than images.
+    Raises ValueError as `svit_utils.explain.model_state.explained_classes` does.
     """
     check_count("batch_size", batch_size)
-    if targets is None:
-        return torch.tensor([c for part in x.split(batch_size) for c in target_classes(model, part, None)])
-    classes = torch.tensor(target_classes(model, x, targets))
-    known = model(x[:1]).shape[-1]
-    if int(classes.min()) < 0 or int(classes.max()) >= known:
-        raise ValueError(f"targets must lie in 0 to {known - 1}, the model's classes, got {classes.unique().tolist()}")
-    return classes
+    with torch.no_grad():
+        if targets is None:
+            parts = [model_state.explained_classes(model(part), None, len(part)) for part in x.split(batch_size)]
+            return torch.tensor([target for part in parts for target in part])
+        return torch.tensor(model_state.explained_classes(model(x[:1]).expand(len(x), -1), targets, len(x)))
 
 
 def probability(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

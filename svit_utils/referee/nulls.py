@@ -8,15 +8,14 @@ evidence of selection. The study compares with two more such nulls (`research/nu
 import math
 from contextlib import ExitStack
 from fractions import Fraction
-from functools import partial
 
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from svit_utils.exclusive import evaluating, exclusively, in_this_thread
-from svit_utils.explain.maps import attention_layers
-from svit_utils.explain.model_state import unwrap
+from svit_utils.explain.layers import attention_places, called_places, is_readable
+from svit_utils.explain.model_state import traceable, unwrap
 from svit_utils.referee.inputs import check_tau
 
 
@@ -46,28 +45,30 @@ def queries_and_keys(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Ten
     `Attention`, dense or sparse (others may rotate q and k, or do anything), or with one that is called with a mask.
     """
     model = unwrap(model)
-    layers, allowed = attention_layers(model), "timm's Attention, dense or sparse, with timm's own forward"
-    for name, module in model.named_modules():
-        if (name in layers) != isinstance(module, Attention):
-            raise ValueError(f"{name} is a {type(module).__name__}: queries and keys are read from {allowed}")
+    layers, allowed = attention_places(model), "timm's Attention, dense or sparse, with timm's own forward"
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention to read queries and keys from: it takes {allowed}")
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, place in layers.items():
+        if not isinstance(place.module, Attention) or not is_readable(place.module):
+            raise ValueError(f"{name} is a {type(place.module).__name__}: queries and keys are read from {allowed}")
+    found: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {place.module: [] for place in layers.values()}
 
-    def catch(name, module, args, kwargs):
+    def catch(module, args, kwargs):
         if kwargs.get("attn_mask") is not None or kwargs.get("is_causal") or len(args) > 1:
+            name = next(name for name, place in layers.items() if place.module is module)
             raise ValueError(f"{name} is called with a mask, which q and k alone do not show: leave it out")
         qkv = module.qkv(args[0]).unflatten(-1, (3, module.num_heads, -1))  # [B, N, 3, H, D]
         q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D] each
-        found[name] = (module.q_norm(q) * module.scale, module.k_norm(k))
+        found[module].append((module.q_norm(q) * module.scale, module.k_norm(k)))
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        for name, module in layers.items():
-            hook = in_this_thread(partial(catch, name))
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(traceable(model, x))
+        for module in found:
+            stack.callback(module.register_forward_pre_hook(in_this_thread(catch), with_kwargs=True).remove)
         model(x)
-    return found
+    calls = called_places(layers, {module: len(pairs) for module, pairs in found.items()})
+    return {name: found[layers[name].module][call] for name, call in calls.items()}
 
 
 def permute_coordinates(k: Tensor, generator: torch.Generator) -> Tensor:

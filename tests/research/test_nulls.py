@@ -151,6 +151,18 @@ def test_queries_and_keys_refuses_other_attention_and_masks():
         queries_and_keys(Masked(), torch.zeros(1, 5, 16))
 
 
+def test_queries_and_keys_of_every_call():
+    model = tiny()
+    model.blocks = nn.Sequential(model.blocks[0], model.blocks[1], model.blocks[0])
+    found, maps = queries_and_keys(model, X), attention_maps(model, X)
+    assert list(found) == list(maps) == [f"blocks.{i}.attn" for i in range(3)]
+    for name, (q, k) in found.items():
+        torch.testing.assert_close((q @ k.transpose(-2, -1)).softmax(-1), maps[name], rtol=1e-4, atol=1e-5)
+    model.blocks[1].attn = nn.MultiheadAttention(16, 2)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn is a MultiheadAttention"):
+        queries_and_keys(model, X)
+
+
 # ---------------------------------------------------------------------------------------------------------- the nulls
 
 
