@@ -88,7 +88,10 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         asked |= {"img_size": profile.img_size, "normalise": options.normalise or profile.normalise}
         data = build_data(profile, preprocessing(pretrained_config(profile.model), **asked))
         classes = len(getattr(data.train, "classes", range(10)))
-        return profile, build_model(profile, sparse=options.threshold is not None, num_classes=classes), data
+        cut = options.threshold is not None or options.normaliser is not None
+        if options.empty_rows is not None and not cut:
+            raise ValueError("--empty-rows needs a cut: give --threshold, too")
+        return profile, build_model(profile, sparse=cut, num_classes=classes), data
     model, card = trained
     profile = _as_trained(profile, card, options)
     data = build_data(profile, preprocessing(model, card, **asked))

@@ -3,9 +3,15 @@
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+# The normalisers of `svit_utils.attention`, and which other options of the cut each takes.
+_TAU = ("threshold", "learnable", "tau_warmup")
+NORMALISERS: dict[str, tuple[str, ...]] = {"thresholded": (*_TAU, "empty_rows"), "hard_cut": (*_TAU, "empty_rows")}
+NORMALISERS |= {"clipped": _TAU, "topk": (), "entmax15": (), "sparsemax": ()}
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +28,32 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_threshold_arguments(group: Any) -> None:
-    """Dense or sparse, and with which threshold."""
+    """Dense or sparse, and how it is cut."""
     group.add_argument("--threshold", type=float, metavar="TAU", help="cut attention weights up to this, in [0, 1)")
     group.add_argument("--dense", action="store_true", help="do not cut at all")
     rules = "what a query gets when no key survives: nothing, its uncut weights, its largest key, or a lower tau"
     group.add_argument("--empty-rows", choices=("zero", "dense", "top1", "cap"), help=rules)
+    kinds = "what makes weights of scores: the method, or one to compare it with (default: thresholded)"
+    group.add_argument("--normaliser", choices=tuple(NORMALISERS), help=kinds)
+
+
+def check_cut(options: argparse.Namespace) -> None:
+    """Raise ValueError where the options that say how attention is cut exclude each other, or lack a package."""
+    names = (*_TAU, "empty_rows", "layers", "normaliser")
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    if given.get("tau_warmup") == 0:
+        del given["tau_warmup"]  # the full tau at once: nothing to raise
+    if options.dense and given:
+        raise ValueError(f"--dense goes neither with --threshold nor with other options of the cut: {_flags(given)}")
+    if (kind := given.get("normaliser")) is not None:
+        if refused := given.keys() - {*NORMALISERS[kind], "layers", "normaliser"}:
+            raise ValueError(f"--normaliser {kind} does not go with {_flags(sorted(refused))}")
+        if kind in ("entmax15", "sparsemax") and find_spec("entmax") is None:
+            raise ValueError(f"--normaliser {kind} needs the package entmax: pip install entmax")
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def add_picture_arguments(group: Any) -> None:
@@ -66,8 +93,7 @@ def chosen_profile(options: argparse.Namespace) -> Any:
     from svit_utils.models import pretrained_config
     from svit_utils.training import get_profile
 
-    if options.dense and (options.threshold is not None or getattr(options, "learnable", None)):
-        raise ValueError("--dense goes neither with --threshold nor with --learnable")
+    check_cut(options)
     profile, changes = get_profile(options.profile), {}
     if options.model not in (None, profile.model):  # that model's own size and start, not those of the profile
         about = pretrained_config(options.model)
@@ -77,8 +103,8 @@ def chosen_profile(options: argparse.Namespace) -> Any:
             "img_size": about["input_size"][-1],
             "start": "pretrained" if about.get("has_weights") else "scratch",
         }
-    names = ("data", "model", "img_size", "threshold", "empty_rows")
-    given = {name: getattr(options, name) for name in names} | {"start": options.weights}
+    names = ("data", "model", "img_size", "threshold", "empty_rows", "normaliser")
+    given = {name: getattr(options, name, None) for name in names} | {"start": options.weights}
     return replace(profile, **changes | {k: v for k, v in given.items() if v is not None})
 
 
@@ -105,26 +131,35 @@ def open_trained(name: str | None, options: argparse.Namespace) -> tuple[Any, di
         raise ValueError(f"{path.name} holds a {names[0]}, which --model {options.model} does not fit")
     if options.img_size is not None and hasattr(model, "set_input_size"):
         resize(model, options.img_size)
-    change_attention(model, options, card.get("empty_rows", "dense"))
+    change_attention(model, options, card.get("empty_rows") or "dense")
     return model, card
 
 
 def change_attention(model: Any, options: argparse.Namespace, empty_rows: str = "dense") -> None:
-    """Apply ``--dense``, ``--threshold`` and ``--empty-rows`` in place; which layers are sparse stays as it was.
+    """Apply ``--dense``, ``--threshold``, ``--normaliser`` and ``--empty-rows`` in place.
 
-    A dense model that gets a threshold is made sparse in every layer, with ``empty_rows`` where no option names it.
-    Raises ValueError where a learned tau would be lost, or the model's normaliser takes no ``--empty-rows``.
+    What no option names stays as it was: which layers are sparse, their normaliser, tau and ``empty_rows``. A dense
+    model that gets a cut is made sparse in every layer, with ``empty_rows``. Raises ValueError where a learned tau
+    would be lost, or an option does not go with the model's normaliser or with the others.
     """
     from svit_utils.attention import densify, learnable_thresholds, sparse_modules, sparsify
 
+    check_cut(options)
     sparse = sparse_modules(model)
-    if learnable_thresholds(model) and (options.dense or options.threshold is not None):
-        raise ValueError("this checkpoint has a learned tau of its own; it goes neither with --dense nor --threshold")
+    cut = options.threshold is not None or options.normaliser is not None
+    if learnable_thresholds(model) and (options.dense or cut):
+        others = "--dense, --threshold or --normaliser"
+        raise ValueError(f"this checkpoint has a learned tau of its own, which does not go with {others}")
+    if options.empty_rows is not None and not cut and not sparse:
+        raise ValueError("--empty-rows needs a cut: give --threshold, too")
     if options.dense:
         densify(model)
-    elif options.threshold is not None:
-        mode = options.empty_rows or next((module.empty_rows for module in sparse.values()), empty_rows)
-        sparsify(model, options.threshold, layers=list(sparse) or None, empty_rows=mode)
+    elif cut:
+        found = {name: _changed(module.normaliser, options, empty_rows) for name, module in sparse.items()}
+        for name, normaliser in found.items():
+            sparsify(model, layers=[name], normaliser=normaliser)
+        if not sparse:
+            sparsify(model, normaliser=_changed(None, options, empty_rows))
     elif options.empty_rows is not None:
         for module in sparse.values():
             if "empty_rows" not in module.normaliser.settings():
@@ -132,8 +167,26 @@ def change_attention(model: Any, options: argparse.Namespace, empty_rows: str = 
             module.normaliser.empty_rows = options.empty_rows
 
 
+def _changed(old: Any, options: argparse.Namespace, empty_rows: str) -> Any:
+    """The normaliser that a layer with ``old`` (None for a dense one) gets by the options."""
+    from svit_utils.attention.normalisers import describe, from_description
+
+    settings = {} if old is None else describe(old)
+    if old is None or options.normaliser not in (None, settings["name"]):
+        name = options.normaliser or "thresholded"
+        usual = {"threshold": {"kind": "fixed", "tau": 0.01}, "empty_rows": empty_rows} | settings
+        settings = {"name": name, **{key: usual[key] for key in usual if key in NORMALISERS[name]}}
+    tau = None if options.threshold is None else {"kind": "fixed", "tau": options.threshold}
+    for option, key, value in ("--threshold", "threshold", tau), ("--empty-rows", "empty_rows", options.empty_rows):
+        if value is not None:
+            if key not in settings:
+                raise ValueError(f"{option} does not go with {old!r}: give --normaliser, too")
+            settings[key] = value
+    return from_description(settings)
+
+
 def describe_attention(model: Any) -> tuple[float | str | None, str | None]:
-    """(threshold, empty_rows) for a report: tau if it is one fixed number, else a description; None if dense."""
+    """(threshold, empty_rows) for a report: tau if that is all there is to say, else a description; None if dense."""
     from svit_utils.attention import sparse_modules
     from svit_utils.attention.normalisers import ThresholdedSoftmax
 
@@ -141,7 +194,7 @@ def describe_attention(model: Any) -> tuple[float | str | None, str | None]:
     if not used:
         return None, None
     shown = list(dict.fromkeys(repr(n.threshold if type(n) is ThresholdedSoftmax else n) for n in used))
-    tau = getattr(used[0].threshold, "tau", None)
+    tau = getattr(used[0].threshold, "tau", None) if type(used[0]) is ThresholdedSoftmax else None
     threshold = tau if isinstance(tau, float) and len(shown) == 1 else ", ".join(shown)
     return threshold, ", ".join(dict.fromkeys(normaliser.empty_rows for normaliser in used))
 

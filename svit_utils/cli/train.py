@@ -129,7 +129,7 @@ def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     card = {
         "profile": profile.name,
         **{k: v for k, v in asdict(profile).items() if k not in ("config", "summary", "name")},
-        "threshold": None if options.dense else profile.threshold,
+        **{name: None for name in ("threshold", "empty_rows") if options.dense or name not in profile.taken},
         "layers": options.layers,
         "learnable": options.learnable,
         "num_classes": classes,

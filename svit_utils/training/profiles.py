@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from svit_utils.attention import LearnableThreshold, sparsify
+from svit_utils.attention import NORMALISERS, LearnableThreshold, sparsify
 from svit_utils.data import PlantedShapes, cifar10, image_folder, preprocessing
 from svit_utils.data.transforms import Preprocessing
 from svit_utils.models import SMALL_VIT, create_model, load_embedded, load_weights, pretrained_config
@@ -82,12 +83,20 @@ class Profile:
 
     def __str__(self) -> str:
         c = self.config
+        cut = f"tau {self.threshold:g} raised over {c.tau_warmup_steps} steps, empty rows {self.empty_rows!r}"
+        if self.normaliser != "thresholded":
+            cut = f"{self.normaliser}, {cut}" if "threshold" in self.taken else self.normaliser
         return (
             f"profile {self.name}: {self.summary}\n"
             f"  data {self.data}, model {self.model} at {self.img_size} px, start {self.start}\n"
             f"  {c.steps} steps of {c.batch_size * c.grad_accumulation} images, AdamW {c.lr:g} {c.schedule}, "
-            f"tau {self.threshold:g} raised over {c.tau_warmup_steps} steps, empty rows {self.empty_rows!r}"
+            f"{cut}"
         )
+
+    @property
+    def taken(self) -> set[str]:
+        """Which of ``threshold`` and ``empty_rows`` the profile's normaliser takes."""
+        return {"threshold", "empty_rows"} & set(inspect.signature(NORMALISERS[self.normaliser]).parameters)
 
 
 CPU = Profile(
