@@ -2,7 +2,8 @@
 
 Maps, scores, trackers and evaluations set flags and hooks on the model that they are given. What they hold is not the
 model as an object but its modules and parameters: a wrapper, a part, and another model with the same backbone wait for
-each other, and models that share nothing do not. Nothing is stored in the model. A plain ``model(x)`` waits for nobody.
+each other, and models that share nothing do not. Nothing is stored in the model. A plain ``model(x)`` waits for nobody,
+and computes with what is in force at that moment, such as a cut that another thread has made for a while.
 """
 
 import os
@@ -30,14 +31,14 @@ class ModelInUseError(RuntimeError):
 
 @dataclass(eq=False)
 class _Place:
-    """A place in the line for some modules and parameters, or, once it has come, the use of them."""
+    """A place in the line for some modules and parameters, or, once it is granted, the use of them."""
 
     owner: threading.Thread
     parts: dict[int, object]  # by id; kept here, so that no other object gets the id meanwhile
     name: str
     block: bool  # the caller's own code runs meanwhile, and not only ours
     queues: bool = True  # behind those who came before, too, and not only behind those who have a part already
-    come: bool = False
+    granted: bool = False
 
 
 _changed = threading.Condition()  # guards the line
@@ -128,11 +129,11 @@ def _wait_for(place: _Place) -> None:
     """Join the line, and return when nobody else has a part of what is asked for."""
     with _changed:
         # Who has something already must not queue behind those who may be waiting for it.
-        place.queues = not any(other.come for other in _line if other.owner is place.owner)
+        place.queues = not any(other.granted for other in _line if other.owner is place.owner)
         _line.append(place)
         idle_since = None
         while blocking := _blocking(place):
-            holder = next((other for other in blocking if other.come), blocking[0])
+            holder = next((other for other in blocking if other.granted), blocking[0])
             said = f"{place.name} is in use by thread {holder.owner.name}, which"
             if place.owner in _waited_for(blocking):
                 raise ModelInUseError(f"{said} waits for this thread: let both take their models in the same order")
@@ -145,7 +146,7 @@ def _wait_for(place: _Place) -> None:
                     "thread, or change the model before the threads start (sparsify) and back after they end (densify)"
                 )
             _changed.wait(_LOOK_AGAIN)
-        place.come = True
+        place.granted = True
 
 
 def _blocking(place: _Place) -> list[_Place]:
@@ -153,7 +154,7 @@ def _blocking(place: _Place) -> list[_Place]:
     found, ahead = [], place.queues
     for other in list(_line):
         ahead = ahead and other is not place
-        if other.owner is not place.owner and (other.come or ahead) and other.parts.keys() & place.parts.keys():
+        if other.owner is not place.owner and (other.granted or ahead) and other.parts.keys() & place.parts.keys():
             found.append(other)
     return found
 
@@ -166,7 +167,7 @@ def _waited_for(blocking: list[_Place]) -> set[threading.Thread]:
         owner = left.pop()
         if owner not in found:
             found.add(owner)
-            waiting = [place for place in list(_line) if place.owner is owner and not place.come]
+            waiting = [place for place in list(_line) if place.owner is owner and not place.granted]
             left += [other.owner for place in waiting for other in _blocking(place)]
     return found
 
@@ -175,7 +176,7 @@ def _idles(holder: _Place) -> bool:
     """Whether the thread that has the model runs the caller's code in a ``with`` block, which waits for something."""
     innermost = [place for place in list(_line) if place.owner is holder.owner][-1]
     frame = sys._current_frames().get(holder.owner.ident or 0)
-    if not (innermost.come and innermost.block) or frame is None:
+    if not (innermost.granted and innermost.block) or frame is None:
         return False
     return os.path.basename(frame.f_code.co_filename) in ("threading.py", "selectors.py")  # a pool, an event loop
 

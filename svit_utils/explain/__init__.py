@@ -1,4 +1,7 @@
-"""Explanations of a prediction as maps over the image: attention, rollout, Grad-CAM through its two libraries."""
+"""Explanations of a prediction as maps over the image: attention, rollout, Grad-CAM through its two libraries.
+
+Threads may share a model: they take turns, and it comes back as it was, see `svit_utils.exclusive`.
+"""
 
 from .displayed import displayed, displayed_top
 from .gradcam import default_layer, grad_cam, layer_grad_cam

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import multiprocessing
 import os
 import pickle
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -187,6 +189,49 @@ def test_a_pool_inside_a_block_is_told_why_it_waits(block, monkeypatch):
     elsewhere(lambda: densify(model))
 
 
+def test_an_event_loop_inside_a_block_is_told_too(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    monkeypatch.setattr(module, "_LOOK_AGAIN", 0.01)
+    model = vit()
+
+    async def explain() -> None:
+        with sparsified(model, 0.02):
+            await asyncio.to_thread(densify, model)
+
+    with pytest.raises(ModelInUseError, match="enter the block in each thread"):
+        asyncio.run(explain())
+    assert not sparse_modules(model)
+
+
+def test_two_tasks_that_interleave_are_told():
+    model = vit()
+
+    async def cut(tau: float, first: asyncio.Event, then: asyncio.Event) -> None:
+        with sparsified(model, tau):
+            first.set()
+            await then.wait()
+
+    async def both() -> list[Any]:
+        one, two, three = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        tasks = [asyncio.create_task(cut(0.1, one, two)), asyncio.create_task(cut(0.2, two, three))]
+        found = await asyncio.gather(tasks[0], return_exceptions=True)
+        three.set()
+        return [*found, *await asyncio.gather(tasks[1], return_exceptions=True)]
+
+    first, second = asyncio.run(both())
+    assert isinstance(first, RuntimeError) and "left before one that was entered inside" in str(first)
+    assert second is None and not sparse_modules(model)
+
+
+def test_traced_models_can_be_held():
+    model = vit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, torch.zeros(1, 3, 16, 16))
+    with evaluating(traced):
+        traced(torch.zeros(1, 3, 16, 16))
+
+
 def test_whoever_works_inside_a_block_is_waited_for(monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.0)
     monkeypatch.setattr(module, "_LOOK_AGAIN", 0.01)
@@ -201,7 +246,7 @@ def test_whoever_works_inside_a_block_is_waited_for(monkeypatch):
         waiting = pool.submit(later)
         with sparsified(model, 0.1):
             inside.set()
-            while all(place.come for place in list(module._line)):  # until the other thread waits
+            while all(place.granted for place in list(module._line)):  # until the other thread waits
                 model(torch.zeros(1, 3, 16, 16))
             for _ in range(20):
                 model(torch.zeros(1, 3, 16, 16))

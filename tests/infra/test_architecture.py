@@ -22,8 +22,9 @@ ADDED = (
     1360,  # runs that share a folder, stop and go on, and use several processes; pictures and weights of every kind
     15,  # localisation on a map's own grid
     170,  # thresholds that learn to share out a sparsity
-    273,  # threads that share a model
+    277,  # threads that share a model
     109,  # what hosts do to a sparse model: empty it, copy it, parametrize it, load its weights elsewhere
+    65,  # --normaliser, and the options of the cut checked together
     3,  # edges on a grid of tokens
     472,  # maps of every call of a module, of every head and precision; what cannot be explained is refused
 )
