@@ -26,7 +26,7 @@ help: ## list the targets
 .PHONY: environment
 environment: $(STAMP) ## make .venv with the tested set of packages
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml $(shell find tools/jupyter/everyone -type f)
 	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' here; name a Python 3.10 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "make: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version); name another: make PYTHON=python3.12" >&2; exit 1; }
@@ -36,6 +36,7 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check "uv>=0.5"
 	$(PY) -m uv pip install --python $(PY) $(if $(TORCH),--torch-backend=$(TORCH)) -r requirements.txt
 	$(PY) -m uv pip install --python $(PY) --no-deps -e .
+	@mkdir -p $(VENV)/etc/jupyter && cp -R tools/jupyter/everyone/. $(VENV)/etc/jupyter/  # see tools/lab.py
 	$(PY) -m svit_utils doctor
 	@touch $@
 
@@ -44,8 +45,8 @@ walkthrough: $(STAMP) ## run the chapters, write them to build/walkthrough/ as H
 	$(PY) -m tools.walkthrough
 
 .PHONY: lab
-lab: $(STAMP) ## open JupyterLab on chapter 1 (or CHAPTER=03)
-	$(PY) -m jupyter lab "$$(ls notebooks/$(or $(CHAPTER),01)*.ipynb | head -1)"
+lab: $(STAMP) ## open JupyterLab on chapter 1 (CHAPTER=03; ROOT=yes: although you are root; NBGRADER=yes: with its menus)
+	$(PY) -m tools.lab $(or $(CHAPTER),01) $(if $(ROOT),--root) $(if $(NBGRADER),--nbgrader)
 
 .PHONY: doctor
 doctor: $(STAMP) ## versions, device, data and weights found

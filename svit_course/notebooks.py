@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,21 @@ from svit_utils.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 NOTEBOOKS = ROOT / "notebooks"
+
+# A notebook's metadata about its kernel, as JupyterLab writes them. The version is that of no particular reader: the
+# same in every notebook, so that storing outputs with another Python changes no line.
+KERNEL: dict[str, dict[str, Any]] = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+        "version": "3.11.7",
+    },
+}
 
 
 def chapters(names: Sequence[str] = ()) -> list[Path]:
@@ -43,7 +59,11 @@ def read(path: Path) -> Any:
 
 
 def write(notebook: Any, path: Path) -> None:
-    """Write the notebook; an interrupted write leaves the old file."""
+    """Write the notebook as JupyterLab would, so that opening it there changes nothing.
+
+    An interrupted write leaves the old file.
+    """
+    notebook.metadata.update(copy.deepcopy(KERNEL))
     with replacing(path) as partial:
         nbformat.write(notebook, partial)
 

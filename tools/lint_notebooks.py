@@ -1,4 +1,8 @@
-"""Lint of notebooks, for pre-commit and ``make lint``: valid, with ids, run in order, no local paths in outputs."""
+"""Lint of notebooks, for pre-commit and ``make lint``.
+
+Valid, with ids, run in order, no local paths in outputs, and stored as JupyterLab stores them, so that whoever opens
+and closes one has changed nothing. ``python -m tools.lint_notebooks --fix FILES`` stores them so.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,12 @@ from typing import Any
 import nbformat
 
 from svit_course import notebooks
+from svit_course.notebooks import KERNEL
 
 # A home folder or a temporary one in an output says on whose machine it ran, and differs on the next.
 LOCAL_PATH = re.compile(r"(?:/home/|/root/|/Users/|/tmp/|/var/folders/|/private/|[A-Z]:\\\\?Users\\)[\w.~-]*")
+
+MEND = "`python -m tools.lint_notebooks --fix FILE`"
 
 
 def problems(path: Path) -> Iterator[str]:
@@ -26,6 +33,10 @@ def problems(path: Path) -> Iterator[str]:
         return
     if (notebook.nbformat, notebook.nbformat_minor) < (4, 5):
         yield f"format {notebook.nbformat}.{notebook.nbformat_minor} has no cell ids: save it as 4.5"
+    if any(notebook.metadata.get(name) != value for name, value in KERNEL.items()):
+        yield f"JupyterLab would store other metadata about the kernel: {MEND}"
+    elif path.read_text(encoding="utf-8") != nbformat.writes(notebook) + "\n":
+        yield f"JupyterLab would lay the file out differently (indentation, order of keys or its end): {MEND}"
     if "widgets" in notebook.metadata:
         yield "carries widget state: store it with `make stored`"
     ids = [cell.get("id") for cell in notebook.cells]
@@ -60,12 +71,14 @@ def output_texts(cell: Any) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the problems of the notebooks named; 1 if there are any, else 0."""
+    """Print the problems of the notebooks named; 1 if there are any, else 0. ``--fix`` mends what it can first."""
     found = 0
-    for name in arguments:
+    for name in [name for name in arguments if name != "--fix"]:
         path = Path(name)
         if not path.is_file():  # an unexpanded pattern, when there is no notebook yet
             continue
+        if "--fix" in arguments and any(MEND in problem for problem in problems(path)):
+            notebooks.write(notebooks.read(path), path)
         for problem in problems(path):
             print(f"{name}: {problem}")
             found += 1

@@ -323,8 +323,6 @@ def main(argv: list[str] | None = None) -> int:
 def store(notebook: Any, path: Path) -> None:
     """Write the executed notebook, without what differs from run to run and shows nothing."""
     notebook.metadata.pop("widgets", None)
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebooks.code_cells(notebook):
         cell.metadata.pop("execution", None)
     notebooks.write(notebook, path)

@@ -55,6 +55,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--port-retries=0"]
     command += ["--ip=127.0.0.1", "--IdentityProvider.token=", "--allow-root", f"--ServerApp.root_dir={home}"]
     log = (home / "log.txt").open("wb")
+    # As in an environment that `make environment` has just made, whatever was set there since.
+    own["JUPYTER_CONFIG_PATH"] = str(notebooks.ROOT / "tools" / "jupyter" / "everyone")
     environment = os.environ | own | {"SVIT_PROFILE": "cpu", "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"

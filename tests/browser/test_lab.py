@@ -1,4 +1,4 @@
-"""Chapter 1 in JupyterLab itself: it opens, runs, its explorer moves and the picture changes, the console is quiet."""
+"""JupyterLab itself: chapter 1 runs, its explorer moves, the console is quiet; what was only opened is not changed."""
 
 from __future__ import annotations
 
@@ -34,14 +34,36 @@ def run_all_cells(page) -> None:
     page.get_by_role("menuitem", name=re.compile(r"^Run All Cells$")).click()
 
 
-def test_chapter_1_runs_and_its_explorer_moves(lab: str, page) -> None:
+def open_notebook(lab: str, page, name: str) -> None:
+    """Open ``notebooks/<name>`` and wait for its kernel."""
     SHOTS.mkdir(parents=True, exist_ok=True)
-    [chapter] = notebooks.chapters(["01"])
     # A workspace of its own, so that no earlier session is restored; all cells are rendered, not only those in sight.
-    page.goto(f"{lab}/lab/workspaces/test/tree/notebooks/{chapter.name}?reset")
+    page.goto(f"{lab}/lab/workspaces/test/tree/notebooks/{name}?reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
     wait_until(page, lambda: "Idle" in page.locator("body").inner_text(), 90, "the kernel is not idle")
     page.screenshot(path=SHOTS / "opened.png")
+
+
+@pytest.mark.parametrize("name", ["02_implementing_sparse_attention", "assignments/b_the_backward_pass"])
+def test_opened_and_saved_a_notebook_is_the_same_file(lab: str, page, name: str) -> None:
+    open_notebook(lab, page, f"{name}.ipynb")
+    address = f"{lab}/api/contents/notebooks/{name}.ipynb?type=file&format=text"
+
+    def saved_at() -> str:
+        return page.request.get(address).json()["last_modified"]
+
+    before = saved_at()
+    menus = page.locator(".lm-MenuBar-itemLabel").all_inner_texts()
+    assert "Run" in menus and not [menu for menu in menus if "grader" in menu.lower()]
+    page.get_by_role("menuitem", name="File", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile("^Save Notebook")).first.click()
+    wait_until(page, lambda: saved_at() != before, 30, "the notebook is not saved")
+    assert page.request.get(address).json()["content"] == (notebooks.NOTEBOOKS / f"{name}.ipynb").read_text("utf-8")
+
+
+def test_chapter_1_runs_and_its_explorer_moves(lab: str, page) -> None:
+    [chapter] = notebooks.chapters(["01"])
+    open_notebook(lab, page, chapter.name)
 
     run_all_cells(page)
     page.wait_for_timeout(1500)

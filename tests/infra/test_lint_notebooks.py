@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from svit_course.notebooks import KERNEL
 from tools.lint_notebooks import main, problems
 
 
 def page(**changes):
     output = new_output("stream", name="stdout", text="3\n")
-    notebook = new_notebook(cells=[new_code_cell("print(3)", execution_count=1, outputs=[output])])
+    notebook = new_notebook(
+        metadata=copy.deepcopy(KERNEL), cells=[new_code_cell("print(3)", execution_count=1, outputs=[output])]
+    )
     for name, value in changes.items():
         notebook.cells[0][name] = value
     return notebook
@@ -52,3 +57,31 @@ def test_damaged_and_stateful_notebooks(tmp_path: Path) -> None:
     notebook = page()
     notebook.metadata["widgets"] = {}
     assert "widget state" in found(notebook, tmp_path)[0]
+
+
+def other_version(notebook: dict) -> None:
+    notebook["metadata"]["language_info"]["version"] = "3.12.1"
+
+
+def without_display_name(notebook: dict) -> None:
+    notebook["metadata"]["kernelspec"]["display_name"] = "Python 3"
+
+
+def other_order(notebook: dict) -> None:
+    notebook["metadata"] = dict(reversed(notebook["metadata"].items()))
+
+
+@pytest.mark.parametrize("layout", [{"indent": 1}, {"indent": 2, "ensure_ascii": False}])
+@pytest.mark.parametrize("change", [other_version, without_display_name, other_order])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_what_jupyterlab_would_change_is_named_and_mended(tmp_path: Path, change, layout: dict, end: str) -> None:
+    path = tmp_path / "x.ipynb"
+    notebook = page(outputs=[], source="# τ")
+    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    wanted, content = path.read_bytes(), json.loads(nbformat.writes(notebook))
+    change(content)
+    path.write_text(json.dumps(content, **layout) + end, encoding="utf-8")
+    [problem] = problems(path)
+    assert "JupyterLab would" in problem and "--fix" in problem
+    assert main(["--fix", str(path)]) == 0
+    assert path.read_bytes() == wanted
