@@ -30,11 +30,13 @@ __all__ += ["densify", "load_trained", "save_trained", "sparsified", "sparsify"]
 __all__ += ["thresholded_attention", "thresholded_softmax"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        home = "svit_utils.models" if name.endswith("_trained") else "svit_utils.attention"
-        return getattr(importlib.import_module(home), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # for a type checker every name would be there
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            home = "svit_utils.models" if name.endswith("_trained") else "svit_utils.attention"
+            return getattr(importlib.import_module(home), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

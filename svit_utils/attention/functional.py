@@ -1,7 +1,7 @@
 """`thresholded_attention`: one signature over several backends, with the arguments checked once."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ from svit_utils.attention.thresholds import ThresholdLike
 _FAST = {"tiled": tiled, "triton": triton}
 # Scores per head. Below, the formula's matrices fit in the cache whole, and it is faster (benchmarks/attention.py).
 _WORTH_TILING = 128 * 128
+
+
+@overload
+def thresholded_attention(
+    q: Tensor, k: Tensor, v: Tensor, threshold: ThresholdLike = ..., *, scale: float | None = ...,
+    attn_mask: Tensor | None = ..., is_causal: bool = ..., dropout_p: float = ..., empty_rows: str = ...,
+    return_weights: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def thresholded_attention(
+    q: Tensor, k: Tensor, v: Tensor, threshold: ThresholdLike = ..., *, scale: float | None = ...,
+    attn_mask: Tensor | None = ..., is_causal: bool = ..., dropout_p: float = ..., empty_rows: str = ...,
+    return_weights: bool, backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def thresholded_attention(

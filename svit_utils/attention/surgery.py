@@ -165,7 +165,13 @@ def densify(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def sparsified(
-    model: nn.Module, threshold: ThresholdLike | Mapping[Layer, ThresholdLike] = 0.01, **as_sparsify: Any
+    model: nn.Module,
+    threshold: ThresholdLike | Mapping[Layer, ThresholdLike] = 0.01,
+    *,
+    layers: Iterable[Layer] | None = None,
+    empty_rows: str = "dense",
+    backend: str = "auto",
+    normaliser: str | object = "thresholded",
 ) -> Iterator[SparsifyReport]:
     """`sparsify` for the length of a ``with`` block; afterwards every module is as it was before, sparse or dense.
 
@@ -183,7 +189,9 @@ def sparsified(
         _blocks.append(block)
         overlapping = False
         try:
-            yield sparsify(model, threshold, **as_sparsify)
+            yield sparsify(
+                model, threshold, layers=layers, empty_rows=empty_rows, backend=backend, normaliser=normaliser
+            )
         finally:
             blocks = list(_blocks)
             _blocks.remove(block)
