@@ -166,7 +166,8 @@ def _arguments(model: nn.Module) -> dict[str, Any]:
     try:
         from timm.models import get_model_args
     except ImportError:  # older timm: what `_build` kept, and what the model says of itself
-        found = {k: v for k, v in getattr(model, "_model_args", {}).items() if "drop" not in k}
+        kept = getattr(model, "_model_args", {})
+        found = {k: v for k, v in kept.items() if "drop" not in k and not k.startswith("pretrained")}
         found |= {name: getattr(model, name, None) for name in ("num_classes", "in_chans", "global_pool")}
         return found | {"img_size": getattr(getattr(model, "patch_embed", None), "img_size", None)}
     return get_model_args(model)

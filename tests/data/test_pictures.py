@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
+from packaging.version import Version
 from PIL import Image
 
 from svit_utils.data import DamagedDataError, DataNotFoundError, image_folder
@@ -106,6 +108,10 @@ def test_other_modes(mode: str, tmp_path: Path) -> None:
     colour = Image.new("RGB", (8, 8), (255, 255, 255))
     path = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png")
     colour.convert(mode).save(path)
+    if mode == "YCbCr" and Version(PIL.__version__) < Version("12.3"):  # cannot read what it has written
+        with pytest.raises(DamagedDataError, match=r"a\.tif"):
+            read_picture(path)
+        return
     assert (pixels(read_picture(path)) >= 254).all()
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     if mode in ("CMYK", "P"):
