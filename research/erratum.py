@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from research.study.maps import DISPLAYED, MODEL_MAPS, baseline_maps, model_maps
+from research.study.maps import BASELINE_MAPS, DISPLAYED, MODEL_MAPS, baseline_maps, model_maps
 from research.study.scores import TAU, as_recorded
 from research.study.studies import get_study
 from research.study.tables import LOCALISATION_SCORES, ImageScores, contrasts
@@ -65,6 +65,24 @@ def mean_rows(found: Mapping[tuple[str, str, str, str], np.ndarray]) -> list[dic
         | {way: f"{found[model, name, score, way].mean():.4f}" for way in WAYS}
         for model, name, score in places
     ]
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The erratum's table from the rows of ``erratum.csv``: old and new mean by map, of models over the three pairs."""
+
+    def cell(models: Sequence[str], name: str, score: str) -> str:
+        chosen = [row for row in rows if (row["map"], row["score"]) == (name, score) and row["model"] in models]
+        return " → ".join(f"{np.mean([float(row[way]) for row in chosen]):.3f}" for way in WAYS)
+
+    lines = ["| map | pointing game | energy | IoU | average precision |", "| --- | --- | --- | --- | --- |"]
+    named = [(f"no model: {name}", [NO_MODEL], name) for name in BASELINE_MAPS]
+    views = (("dense", "dense", (*MODEL_MAPS, *DISPLAYED.values())), ("warmed up", "sparse", MODEL_MAPS))
+    for label, kind, names in views:
+        models = [f"planted_{kind}_seed{seed}" for seed in SEEDS]
+        named += [(f"{label}: {name.replace('_', ' ')}", models, name) for name in names]
+    for label, models, name in named:
+        lines.append(f"| {label} | {' | '.join(cell(models, name, score) for score in LOCALISATION_SCORES)} |")
+    return lines
 
 
 def pair_rows(found: Mapping[tuple[str, str, str, str], np.ndarray], resamples: int) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ def study_sentence(folder: Path) -> str:
         "95 % intervals (crossed bootstrap over seeds and pictures, Student's t over seeds). *higher*, *lower*, *open*:"
         f" after Holm's correction for the family's {len(judged)} comparisons, which can leave open "
         "what an interval alone excludes. *displayed*: the dense model's map drawn through the threshold. The plan, "
-        "with all families: [results/study/PLAN.md](results/study/PLAN.md). "
+        "with all families and an erratum on how maps were scored: [results/study/PLAN.md](results/study/PLAN.md). "
         f"Recorded {values('date')} on {values('device')} with torch {values('torch')}, timm {values('timm')}; "
         f"commits {values('commit')}."
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from research import erratum
@@ -14,6 +16,7 @@ from research.study.maps import BASELINE_MAPS, DISPLAYED, MODEL_MAPS
 from research.study.tables import LOCALISATION_SCORES
 from svit_utils.files import read_rows
 from svit_utils.paths import results_dir
+from svit_utils.records import verdict
 
 STUDY = results_dir() / "study"
 
@@ -71,6 +74,47 @@ def test_the_recorded_files_have_every_model_and_comparison(tmp_path: Path) -> N
             ]
             low, mean, high = (float(row[f"{way}_{key}"]) for key in ("low", "mean", "high"))
             assert low <= mean <= high and mean == pytest.approx(np.mean(per_seed), abs=2e-4)
+
+
+def test_the_plans_erratum_says_what_the_files_hold() -> None:
+    text = (STUDY / "PLAN.md").read_text(encoding="utf-8").split("## Erratum\n")[1]
+    assert "\n\n" + "\n".join(erratum.markdown(recorded("erratum"))) + "\n\n" in text
+    pairs, results = {}, {way: {} for way in erratum.WAYS}
+    for row in recorded("erratum_pairs"):
+        assert float(row["old_mean"]) * float(row["new_mean"]) > 0, "the same sign in both ways"
+        pairs[row["map"], row["second"], row["score"]] = row
+        for way, found in results.items():
+            low, high = float(row[f"{way}_low"]), float(row[f"{way}_high"])
+            said = "higher" if low > 0 else "lower" if high < 0 else "open"
+            found.setdefault(row["map"], {}).setdefault(row["score"], []).append(said)
+    for way in erratum.WAYS:  # the plan's rule, on these three seeds and uncorrected
+        verdicts = {name: verdict(by_score) for name, by_score in results[way].items()}
+        assert verdicts["attention"] == verdicts["rollout"] == "does not hold"
+        for name in ("attention", "rollout"):
+            assert sum("lower" in said for said in results[way][name].values()) >= 2
+        assert "higher" not in {said for sides in results[way]["grad_cam"].values() for said in sides}
+    pointing = pairs["attention", "dense displayed", "pointing_game"]
+    assert float(pointing["new_low"]) < 0 < float(pointing["new_high"]) and pointing["study_result"] == "lower"
+    shrinks = {key: abs(float(row["old_mean"])) - abs(float(row["new_mean"])) for key, row in pairs.items()}
+    assert max(shrinks, key=lambda key: shrinks[key]) == ("attention", "dense displayed", "pointing_game")
+    told = [
+        pointing,
+        *(pairs["rollout", "dense displayed", score] for score in ("iou_at_mask_area", "average_precision")),
+    ]
+    for row in told:
+        assert re.search(f"from {float(row['old_mean']):.3f} to {float(row['new_mean']):.3f}", " ".join(text.split()))
+    assert {row["study_result"] for row in told[1:]} == {"open"}
+
+    both = pd.read_csv(STUDY / "tables" / "both_right.csv")
+    decided = pd.read_csv(STUDY / "tables" / "contrasts.csv").set_index(
+        ["family", "first", "second", "map", "metric", "rho"]
+    )
+    assert list(both.groupby("family", sort=False)["pictures"].min()) == [888, 43]
+    for row in both.to_dict(orient="records"):
+        was = decided.loc[tuple(row[key] for key in decided.index.names)]
+        assert row["mean"] * was["mean"] > 0
+        assert was["result"] == "open" or row["low"] > 0 or row["high"] < 0
+        assert row["family"] != "localisation" or abs(row["mean"] - row["everywhere"]) < 0.007
 
 
 def test_more_resamples_leave_the_comparison_open() -> None:
