@@ -8,6 +8,7 @@ from functools import partialmethod
 from typing import Any, cast
 
 import torch
+from timm.layers import register_notrace_module
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
@@ -252,6 +253,8 @@ SPARSE_CLASSES: dict[type[nn.Module], type[SparseAttentionMixin]] = {
     cls.dense_class: cls for cls in (SparseAttention, SparseAttentionRope, SparseEvaAttention)
 }
 
+for _cls in SPARSE_CLASSES.values():
+    register_notrace_module(_cls)  # timm's feature extraction by torch.fx looks at attention from outside
 _TWINS = dict(SPARSE_CLASSES)  # with those of subclasses, as they come
 
 

@@ -300,8 +300,9 @@ def _bring_to(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any
     module.__class__ = cls
     for name, value in attributes.items():
         setattr(module, name, value)
-    if attributes.get("threshold") is not None:  # the model may have gone to another device
-        attributes["threshold"].to(next(module.parameters()).device)
+    parameter = next(module.parameters(), None)
+    if parameter is not None and attributes.get("threshold") is not None:  # it may have gone to another device
+        attributes["threshold"].to(parameter.device)
 
 
 def _supported_modules(model: nn.Module) -> dict[str, nn.Module]:

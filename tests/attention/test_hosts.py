@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.attention import Attention
+from timm.models._features_fx import create_feature_extractor
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 from svit_utils.attention import (
@@ -34,6 +35,7 @@ from svit_utils.attention import (
     TokenSparsityTracker,
     densify,
     sparse_modules,
+    sparsified,
     sparsify,
 )
 from svit_utils.attention.normalisers import TopK
@@ -360,6 +362,75 @@ def test_a_learned_tau_may_be_parametrized():
     assert taus(model) == pytest.approx([float(torch.sigmoid(torch.tensor(-4.0)))] * 2)
     model.double()
     model(X.double()).sum().backward()
+
+
+QUANTISE: dict[str, Callable[[Any], Any]] = {
+    "before": lambda model: quantised(model) if sparsify(model, 0.0, layers=[]) else model,
+    "after": lambda model: quantised(model) if sparsify(model, 0.05) else model,
+}
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="no quantised kernels for this processor")
+@pytest.mark.parametrize("when", QUANTISE)
+def test_quantised_attention_without_any_parameter(when):
+    model = QUANTISE[when](vit())
+    start = model(X)
+    with sparsified(model, 0.2):
+        assert not torch.allclose(model(X), start)
+    assert torch.equal(model(X), start)
+    with TokenSparsityTracker(model) if when == "after" else sparsified(model, 0.1):
+        model(X)
+    assert torch.equal(densify(model)(X), quantised(vit())(X))
+
+
+def test_pruned_attention():
+    model = vit()
+    for block in model.blocks:
+        prune.l1_unstructured(block.attn.qkv, "weight", 0.3)
+    dense, names = model(X), list(model.state_dict())
+    sparsify(model, 0.05)
+    cut = model(X)
+    assert list(model.state_dict()) == names and not torch.equal(cut, dense)
+    assert torch.equal(densify(model)(X), dense)
+    for block in model.blocks:
+        prune.remove(block.attn.qkv, "weight")
+    sparsify(model, 0.05)
+    same(model(X), cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timms_feature_extraction_by_torch_fx(kind):
+    model = sparse(kind)
+    names = ["blocks.0.attn", "blocks.1.mlp.fc1"]
+    expected: dict[str, Tensor] = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda *a, name=name: expected.update({name: a[2]}))
+    model(X)
+    for name, found in create_feature_extractor(model, names)(X).items():
+        same(found, expected[name])
+
+
+@pytest.mark.parametrize("wrap", ["in place", "around"])
+def test_a_compiled_model_is_cut_and_comes_back(wrap):
+    model = vit()
+    compiled = torch.compile(model, backend="eager") if wrap == "around" else model
+    if wrap == "in place":
+        model.compile(backend="eager")
+    dense = compiled(X).detach()
+    with sparsified(compiled, 0.05):
+        cut = compiled(X).detach()
+        for module in sparse_modules(model).values():
+            module.threshold.set_warmup(0.0)
+        same(compiled(X), dense)
+    assert not torch.allclose(cut, dense) and torch.equal(compiled(X), dense)
+    sparsify(compiled, 0.05)
+    same(compiled(X), cut)
 
 
 # --- number formats ----------------------------------------------------------------------------------------------
