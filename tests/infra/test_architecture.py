@@ -23,7 +23,7 @@ ADDED = (
     15,  # localisation on a map's own grid
     170,  # thresholds that learn to share out a sparsity
     277,  # threads that share a model
-    109,  # what hosts do to a sparse model: empty it, copy it, parametrize it, load its weights elsewhere
+    113,  # what hosts do to a sparse model: empty it, copy it, parametrize it, load its weights elsewhere
     65,  # --normaliser, and the options of the cut checked together
     3,  # edges on a grid of tokens
     472,  # maps of every call of a module, of every head and precision; what cannot be explained is refused
