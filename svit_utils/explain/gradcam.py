@@ -64,6 +64,7 @@ def _place_of(model: nn.Module, layer: Layer) -> Place:
         return found[layer]
     blocks = [name for name in found if name.rpartition(".")[0] == "blocks"]
     if isinstance(layer, nn.Module):
+        layer = unwrap(layer)
         for place in found.values():
             if place.module is layer:
                 return replace(place, index=None)

@@ -1,10 +1,11 @@
 """The layers of a model by place: one module may stand in several, and each call of it belongs to one of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
@@ -58,6 +59,8 @@ class Place:
 
 def places(model: nn.Module) -> dict[str, Place]:
     """Every module by the name of its place, in the model's order. A compiled part goes by what was compiled."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"{type(model).__name__} is TorchScript, which takes no hooks: explain what it was made from")
     named: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if getattr(module, "_orig_mod", None) is None:
@@ -112,6 +115,23 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     multiplies with V. A module that stands in several places is named once for each.
     """
     return {name: place.module for name, place in attention_places(model).items() if is_readable(place.module)}
+
+
+def block_of(name: str) -> str:
+    """The name up to its first number: "blocks.3" of "blocks.3.attn"."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
+
+
+def check_one_stack(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError unless the layers of these names are in one list of blocks, as those of one tower are."""
+    stacks = list(dict.fromkeys(block_of(name).rpartition(".")[0] for name in names))
+    if len(stacks) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has attention in {' and '.join(stacks)}, and not in layers that follow one after "
+            f"another up to one head: explain each of these models by itself, or use `attention_maps`"
+        )
 
 
 def find_layer(layer: object, names: list[str], what: str = "attention layer") -> int:

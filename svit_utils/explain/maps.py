@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from svit_utils.exclusive import evaluating, exclusively, in_this_thread
 from svit_utils.explain.grid import TokenGrid, read_out, token_grid
-from svit_utils.explain.layers import SUPPORTED, Layer, Place, attention_places, called_places, find_layer, is_readable
+from svit_utils.explain.layers import (
+    SUPPORTED,
+    Layer,
+    Place,
+    attention_places,
+    called_places,
+    check_one_stack,
+    find_layer,
+    is_readable,
+)
 from svit_utils.explain.model_state import at_least_single, in_precision_of, traceable, unwrap, whole_number
 from svit_utils.explain.pooling import pooling_weights
 
@@ -121,6 +130,7 @@ def class_attention(model: nn.Module, x: Tensor, layer: Layer = -1) -> Tensor:
         raise ValueError(f"class_attention shows one layer, by index or name, got {layer!r}")
     with pooling_weights(model) as pooled:
         maps, grid = maps_on_grid(model, x, layer)
+    check_one_stack(unwrap(model), [place.name for place in attention_places(model).values() if place.index == 0])
     (weights,) = maps.values()  # [B, H, N, N]
     return read_out(at_least_single(weights), model, grid, *pooled)
 

@@ -36,9 +36,8 @@ def traceable(model: nn.Module, x: Any) -> Iterator[None]:
     Where timm refuses the size of the images `x`, its AssertionError becomes a ValueError.
     """
     with ExitStack() as stack:
-        # Where nothing imported the compiler, nothing is compiled; torch < 2.6 has no `set_stance`.
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(exclusive(torch.compiler))  # one setting for all threads
+        if "torch._dynamo" in sys.modules:  # where nothing imported the compiler, nothing is compiled
+            stack.enter_context(exclusive(torch.compiler))  # the next line sets it for all threads
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield

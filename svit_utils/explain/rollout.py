@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svit_utils.attention.formula import no_autocast
 from svit_utils.explain.grid import read_out
-from svit_utils.explain.layers import Layer, find_layer, places
+from svit_utils.explain.layers import Layer, block_of, check_one_stack, find_layer, places
 from svit_utils.explain.maps import maps_on_grid
 from svit_utils.explain.model_state import at_least_single, unwrap
 from svit_utils.explain.pooling import pooling_weights
@@ -46,27 +46,15 @@ def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: floa
         return reduce(lambda rolled, step: step @ rolled, steps)  # later layers from the left
 
 
-def _block_of(name: str) -> str:
-    """The name up to its first number: "blocks.3" of "blocks.3.attn"."""
-    parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else name
-
-
 def _steps(model: nn.Module, maps: dict[str, Tensor]) -> dict[str, Tensor]:
     """Layer or block -> the weights [B, H, N, N] that it adds to the tokens at once, first step first.
 
     Attention that runs in parallel, as in timm's `ParallelThingsBlock`, adds up: it is one attention with the heads of
     all. Raises ValueError where the layers do not follow one another, or might not.
     """
-    stacks = list(dict.fromkeys(_block_of(name).rpartition(".")[0] for name in maps))
-    if len(stacks) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has attention in {' and '.join(stacks)}, and rollout follows layers one after "
-            f"another: explain each of these models by itself, or give `rollout_matrix` the maps that belong together"
-        )
+    check_one_stack(model, maps)
     steps, named = {}, places(model)
-    for block, group in groupby(maps, _block_of):
+    for block, group in groupby(maps, block_of):
         names = list(group)
         module = named[block].module
         if len(names) > 1 and type(module).forward is not ParallelThingsBlock.forward:

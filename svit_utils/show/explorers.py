@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from svit_utils.attention import sparse_modules, sparsified
 from svit_utils.exclusive import exclusively
-from svit_utils.explain.grid import TokenGrid, token_grid
-from svit_utils.explain.maps import attention_maps
+from svit_utils.explain.grid import TokenGrid
+from svit_utils.explain.maps import maps_on_grid
 from svit_utils.referee.inputs import check_tau
 from svit_utils.show.panels import compose, image_panel, row_panel, weights_panel
 from svit_utils.show.pictures import to_rgb
@@ -87,10 +87,10 @@ def _stack(maps: dict[str, Tensor]) -> np.ndarray:
     return torch.stack(list(maps.values()), dim=1).float().cpu().numpy()
 
 
-def _dense_maps(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+def _dense_maps(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], TokenGrid]:
     """The maps of one forward pass with dense attention; a sparse model's thresholds are set to 0 for it."""
     with sparsified(model, 0.0) if sparse_modules(model) else nullcontext():
-        return attention_maps(model, batch)
+        return maps_on_grid(model, batch)
 
 
 @exclusively
@@ -101,8 +101,8 @@ def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None
     """
     if image.ndim != 3:
         raise ValueError(f"the explorer takes one image [3, H, W], got shape {tuple(image.shape)}")
-    maps, shown = _dense_maps(model, image[None]), to_rgb(image if display is None else display)
-    return ThresholdData(shown, _stack(maps)[0], list(maps), token_grid(model, image[None]))
+    maps, grid = _dense_maps(model, image[None])
+    return ThresholdData(to_rgb(image if display is None else display), _stack(maps)[0], list(maps), grid)
 
 
 @exclusively
@@ -113,11 +113,11 @@ def attention_explorer_data(
 
     Without a `sparse_model`, `model` itself is made sparse for one pass: `sparsify(model, **as_sparsify)`.
     """
-    dense = _dense_maps(model, images)
+    dense, grid = _dense_maps(model, images)
     with sparsified(model, **as_sparsify) if sparse_model is None else nullcontext():
-        sparse = attention_maps(model if sparse_model is None else sparse_model, images)
+        sparse, _ = maps_on_grid(model if sparse_model is None else sparse_model, images)
     shown = [to_rgb(image) for image in (images if display is None else display)]
-    return AttentionData(shown, _stack(dense), _stack(sparse), list(dense), token_grid(model, images))
+    return AttentionData(shown, _stack(dense), _stack(sparse), list(dense), grid)
 
 
 def token_name(token: int, grid: TokenGrid) -> str:

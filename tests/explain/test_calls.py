@@ -383,7 +383,7 @@ def test_families_whose_attention_cannot_be_read(name, kwargs):
     size = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
     model = sharp(timm.create_model(name, **size, **kwargs))
     for explain in (attention_maps, attention_rollout, class_attention):
-        with pytest.raises(ValueError, match="no attention whose map can be read"):
+        with pytest.raises(ValueError, match=r"no attention whose map can be read|no token grid"):
             explain(model, X)
 
 
@@ -482,10 +482,42 @@ def test_two_towers_have_their_maps_by_name_and_no_rollout():
             explain(model, X)
 
 
+class Speaking(Pair):
+    """What it does not have itself, it takes from its left tower."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("left"), name)
+
+
+def test_a_wrapper_that_speaks_for_one_of_its_towers():
+    model = Speaking(tiny(), tiny())
+    for explain in (attention_rollout, class_attention):
+        with pytest.raises(ValueError, match=r"left\.blocks and right\.blocks.*one after another"):
+            explain(model, X)
+    for cam in CAMS:
+        with pytest.raises(ValueError, match="give the layer"):
+            cam(model, X)
+        got = cam(model, X, [3, 1], layer="left.blocks.2.norm1", relu=False)
+        torch.testing.assert_close(got, cam(model.left, X, [3, 1], relu=False))
+
+
+@pytest.mark.parametrize("explain", EXPLAIN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["script", "trace", "fx"])
+@pytest.mark.filterwarnings("ignore")
+def test_programs_made_of_a_model(kind, explain):
+    make = {"script": torch.jit.script, "trace": lambda m: torch.jit.trace(m, X), "fx": torch.fx.symbolic_trace}[kind]
+    with pytest.raises(ValueError, match=r"TorchScript|no token grid|no attention whose map can be read"):
+        explain(make(tiny()), X)
+
+
 def test_a_tower_inside_the_model_is_not_multiplied_into_its_rollout():
     model = sharp(Twin(**TINY))
-    with pytest.raises(ValueError, match=r"blocks and other\.blocks.*one after another"):
-        attention_rollout(model, X)
+    for explain in (attention_rollout, class_attention):
+        with pytest.raises(ValueError, match=r"blocks and other\.blocks.*one after another"):
+            explain(model, X)
     assert list(attention_maps(model, X))[3:] == [f"other.blocks.{i}.attn" for i in range(3)]
     check_rollout(attention_rollout(model.other, X), calls(model.other, X), CLASS, 1)
 

@@ -109,28 +109,26 @@ def cam_by_hand(model, x, targets):
     return (gradient.mean((2, 3), keepdim=True) * tokens).sum(1).detach()
 
 
-FURTHER = {
-    "beit_base_patch16_224": {},
-    "beitv2_base_patch16_224": {},
-    "vit_relpos_base_patch16_cls_224": {},
-    "vit_relpos_base_patch16_rpn_224": {},
-    "vit_dwee_patch16_reg1_gap_256": {},
-    "vit_dpwee_patch16_reg1_gap_256": {},
-    "convit_tiny": {"img_size": 32, "local_up_to_layer": 1},
-}
+FURTHER = [
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "vit_relpos_base_patch16_cls_224",
+    "vit_relpos_base_patch16_rpn_224",
+    "vit_dwee_patch16_reg1_gap_256",
+    "vit_dpwee_patch16_reg1_gap_256",
+]
 
 
 @pytest.mark.parametrize("name", [*READABLE, *FURTHER])
 def test_both_grad_cams(name):
-    if name in READABLE:
-        model, x = small(name).double(), pictures(2, 32, 48).double()
-    else:
-        model = timm.create_model(name, **{**SMALL, "patch_size": 8, **FURTHER[name]})
-        model, x = sharp(model).double(), pictures(2, 32, FURTHER[name].get("img_size", 48)).double()
+    model = small(name) if name in READABLE else sharp(timm.create_model(name, **SMALL, patch_size=8))
+    dtype = torch.float32 if "rope_mixed" in name else torch.float64  # timm 1.0.26 turns its tokens in float32 only
+    model, x = model.to(dtype), pictures(2, 32, 48).to(dtype)
     expected = cam_by_hand(model, x, [3, 1])
     assert expected.abs().max() > 1e-6
+    tolerance = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 1e-5, "rtol": 1e-4}
     for cam in (grad_cam, layer_grad_cam):
-        torch.testing.assert_close(cam(model, x, [3, 1], relu=False), expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(cam(model, x, [3, 1], relu=False), expected, **tolerance)
 
 
 NO_GRID = {
@@ -187,6 +185,8 @@ OTHER_TOKENS = {
 
 @pytest.mark.parametrize("name", OTHER_TOKENS)
 def test_maps_over_other_tokens_than_a_grid(name):
+    if not timm.is_model(name):
+        pytest.skip("a model of a later timm")
     kwargs, size, count = OTHER_TOKENS[name]
     torch.manual_seed(0)
     model, x = timm.create_model(name, **kwargs).eval(), pictures(2, size, size)

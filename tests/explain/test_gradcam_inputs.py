@@ -7,6 +7,7 @@ its `with` swallows), 96 and 493 (half precision), and PyTorch 117758 (hooks tha
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from svit_utils.explain import (
     grad_cam,
     layer_grad_cam,
 )
+from svit_utils.explain.model_state import unwrap
 from tests.explain.by_hand import TINY, calls, check_rollout, even, pictures, sharp, tiny
 
 X = pictures()
@@ -294,7 +296,6 @@ def test_compiled_models(how, ran, model):
             other(X)
         assert backend.runs
     backend.runs = 0
-    layers = 0
     for method in METHODS:
         torch.testing.assert_close(
             explain_batch(other, X, [method], 1)[method], explain_batch(model, X, [method], 1)[method]
@@ -303,11 +304,31 @@ def test_compiled_models(how, ran, model):
     for got, weights in zip(layers, attention_maps(model, X).values(), strict=True):
         torch.testing.assert_close(got, weights)
     torch.testing.assert_close(attention_maps(other, X, layers=[1]).popitem()[1], layers[1])
+    expected = grad_cam(model, X, 1, layer="blocks.1", relu=False)
+    for layer in (unwrap(other).blocks[1], "blocks.1"):  # as it is, and where it is compiled as it was
+        torch.testing.assert_close(grad_cam(other, X, 1, layer=layer, relu=False), expected)
     assert backend.runs == 0
     if ran:
         with torch.no_grad():
             other(X)
         assert backend.runs  # compiled again afterwards
+
+
+def test_threads_with_compiled_models_of_their_own(model):
+    """Whether compiled code runs is one setting for all threads: it must come back whoever is last."""
+    backend = Counted()
+    others = [compiled("in place", backend) for _ in range(3)]
+    with torch.no_grad():
+        others[0](X)
+    expected = attention_rollout(model, X)
+    backend.runs = 0
+    with ThreadPoolExecutor(3) as pool:
+        for rollout in pool.map(lambda other: [attention_rollout(other, X) for _ in range(4)][-1], others):
+            torch.testing.assert_close(rollout, expected)
+    assert backend.runs == 0
+    with torch.no_grad():
+        others[0](X)
+    assert backend.runs
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 
@@ -59,8 +60,6 @@ def test_a_sparse_model_is_explored_dense_and_left_sparse(model):
 
 
 def test_attention_explorer_shows_both_models(model):
-    import copy
-
     other = copy.deepcopy(model)
     sparsify(other, 0.02)
     data = attention_explorer_data(model, X, other)
@@ -115,6 +114,13 @@ def test_pictures_of_other_grids(size):
     maps = data.probabilities[None]
     both = AttentionData([data.rgb], maps, np.where(maps > 0.01, maps, 0), ["layer"], data.grid)
     assert attention_picture(both, token=1).mode == "RGB"
+
+
+def test_explorers_of_tokens_off_a_grid_and_of_half_precision(model):
+    with pytest.raises(ValueError, match="no token grid can be established for"):
+        threshold_explorer_data(torch.nn.Sequential(model), X[0])
+    data = threshold_explorer_data(copy.deepcopy(model).bfloat16(), X[0])
+    assert data.probabilities.dtype == np.float32 and threshold_picture(data, 40).mode == "RGB"
 
 
 def test_words_name_the_query_and_an_empty_row(model):
