@@ -32,7 +32,7 @@ def flat(call: Call, q: Tensor) -> tuple[Any, ...]:
     """The call's settings as an op takes them; the seed of its dropout, if it has any, is drawn here."""
     tau = call.tau
     if not isinstance(tau, Tensor):
-        tau = torch.tensor(tau, dtype=statistics_dtype(q), device=q.device)
+        tau = torch.full((), tau, dtype=statistics_dtype(q), device=q.device)
     seed = torch.randint(2**62, ()) if call.dropout_p else None
     return tau, call.attn_mask, call.scale, call.is_causal, call.dropout_p, seed, call.empty_rows
 
