@@ -32,7 +32,9 @@ def flat(call: Call, q: Tensor) -> tuple[Any, ...]:
     """The call's settings as an op takes them; the seed of its dropout, if it has any, is drawn here."""
     tau = call.tau
     if not isinstance(tau, Tensor):
-        tau = torch.full((), tau, dtype=statistics_dtype(q), device=q.device)
+        tau = torch.full((), tau, dtype=statistics_dtype(q), device=q.device)  # made there: nothing is copied to a GPU
+    elif tau.device != q.device:
+        tau = tau.to(q.device)  # of a threshold object that does not follow a model
     seed = torch.randint(2**62, ()) if call.dropout_p else None
     return tau, call.attn_mask, call.scale, call.is_causal, call.dropout_p, seed, call.empty_rows
 

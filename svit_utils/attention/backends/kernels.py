@@ -24,6 +24,8 @@ import triton.language as tl
 ROOM = tl.constexpr(1e-3)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3e38)  # of an additive mask; what lies below is no number any more in units of log 2
+# Numbers whose divisibility by 16 makes no faster code: a kernel is not compiled anew for each length of a sequence.
+ANY = ["tb", "th", "tn", "mb", "mh", "mn", "blocks", "heads", "n", "m", "pairs", "span"]
 
 
 @triton.jit
@@ -63,6 +65,12 @@ def _masked(s, rows, keys, mask, row_stride, key_stride, n, m, CAUSAL: tl.conste
     if CAUSAL:
         inside = inside & (keys <= rows)
     return tl.where(inside, s, float("-inf"))
+
+
+@triton.jit
+def _first(s, top, keys, m):
+    """The first key with each row's largest score (tl.argmax takes a minute to compile)."""
+    return tl.min(tl.where(s == top[:, None], keys[None, :], m), axis=1)
 
 
 @triton.jit
@@ -110,7 +118,7 @@ def _next_tile(step, bits, span, BLOCK_M: tl.constexpr):
     return (place * span + inside_group) * BLOCK_M, tl.where(inside_group == span - 1, bits & (bits - 1), bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def forward_kernel(
     Q, K, V, TAU, MASK_PTR, OUT, ROWS, ALIVE,
     qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, od, tb, th, tn, mb, mh, mn, mm,
@@ -145,7 +153,7 @@ def forward_kernel(
         s = _masked(s, rows[:, None], ahead[None, :], MASK_PTR, mn, mm, n, m, CAUSAL, MASK)
         largest = tl.max(s, axis=1)
         if MODE >= 2:
-            where = tl.argmax(s, axis=1)
+            where = _first(s, largest, ahead, m)
         e = tl.exp2(s - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
         total = tl.sum(e, axis=1)
         anchor, inverse, cut, kind = _cuts(largest, total, tau, MODE)
@@ -162,8 +170,7 @@ def forward_kernel(
             s = _masked(s, rows[:, None], keys[None, :], MASK_PTR, mn, mm, n, m, CAUSAL, MASK)
             top = tl.max(s, axis=1)
             if MODE >= 2:
-                # The first of several largest keys: argmax breaks ties to the left, and a later tile has to exceed.
-                where = tl.where(top > largest, start + tl.argmax(s, axis=1), where)
+                where = tl.where(top > largest, _first(s, top, keys, m), where)  # a later tile has to exceed
             new = tl.maximum(largest, top)
             shift = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp2(largest - shift) + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
@@ -240,7 +247,7 @@ def _scores_gradient(e, left, dp, keys, factor, high, low, half, kind, where, MO
     return e * factor * g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY[3:])
 def query_kernel(
     Q, K, V, MASK_PTR, DO, ROWS, ALIVE, GRADIENTS, DQ, DTAU,
     qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, gb, gh, gn, gd, mb, mh, mn, mm,
@@ -332,7 +339,7 @@ def query_kernel(
     tl.store(DQ + at, dq, mask=row[:, None] & (depth[None, :] < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY[3:-1])
 def key_kernel(
     Q, K, V, MASK_PTR, DO, ROWS, GRADIENTS, DK, DV_PTR,
     qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, gb, gh, gn, gd, mb, mh, mn, mm,

@@ -60,35 +60,48 @@ class Blocks:
     single: bool = False
 
 
-def forward_blocks(m: int, width: int, dtype: torch.dtype) -> Blocks:
+def forward_blocks(m: int, width: int, dtype: torch.dtype, plain: bool = True) -> Blocks:
     """Tiles of the forward kernel for m keys and head sizes up to ``width``.
 
-    Chosen by what the compiler says of sm_90: next to no spilled registers, and where heads are 64 wide two or three
+    Chosen by what the compiler says for sm_90: next to no spilled registers, and where heads are 64 wide two or three
     programs on a multiprocessor. Every kernel keeps to 99 KiB of shared memory, what a program gets on consumer cards
     (8.6, 8.9). float32 products are done without tensor cores, which Triton unrolls: their tiles are small.
+
+    Args:
+        plain: without a mask, and with ``empty_rows`` "zero" or "dense". Others need more registers.
     """
     if dtype == torch.float32:
         return Blocks(32 if width <= 128 else 16, 16, 8)
     if width > 128:
         return Blocks(32, 32, 8)
-    if m <= 128 or (m <= 256 and width <= 64):
+    if plain and (m <= 128 or (m <= 256 and width <= 64)):
         return Blocks(64, _tile_side(m), 4, registers=168 if m > 128 else None, single=True)
-    return Blocks(128, 64, 8, stages=3, registers=128) if width <= 64 else Blocks(64, 64, 4)
+    if width > 64:
+        return Blocks(64, 32, 4)
+    return Blocks(128, 64, 8, stages=3, registers=128) if plain else Blocks(64, 64, 4)
 
 
-def query_blocks(m: int, width: int, dtype: torch.dtype) -> Blocks:
+def query_blocks(m: int, width: int, dtype: torch.dtype, plain: bool = True) -> Blocks:
     """Tiles of the backward kernel that goes over the queries: the forward kernel's, unless one has all keys."""
-    blocks = forward_blocks(m, width, dtype)
-    return Blocks(64, min(64, blocks.keys), 4, registers=168 if width <= 64 else None) if blocks.single else blocks
+    blocks = forward_blocks(m, width, dtype, plain)
+    if not blocks.single:
+        return blocks
+    return Blocks(64, min(64, blocks.keys), 4, registers=168) if width <= 64 else Blocks(64, min(32, blocks.keys), 4)
 
 
-def key_blocks(width: int, dtype: torch.dtype) -> Blocks:
+def key_blocks(m: int, width: int, dtype: torch.dtype, plain: bool = True) -> Blocks:
     """Tiles of the backward kernel that goes over the keys."""
     if dtype == torch.float32:
         return Blocks(16, 32 if width <= 128 else 16, 8, stages=1)
     if width > 64:
         return Blocks(32, 64 if width <= 128 else 32, 8)
-    return Blocks(64, 64, 4, registers=168)
+    return Blocks(64, 64, 4, registers=168) if plain else Blocks(32, 64, 4)
+
+
+def _situation(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[int, int, torch.dtype, bool]:
+    """What the size of tiles depends on."""
+    plain = call.attn_mask is None and call.empty_rows in ("zero", "dense")
+    return k.shape[2], max(q.shape[-1], v.shape[-1]), torch.promote_types(q.dtype, v.dtype), plain
 
 
 def _tile_side(x: int) -> int:
@@ -105,6 +118,11 @@ def unavailable(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
         return "it needs a GPU of compute capability 8.0 or newer"
     return ""
+
+
+def limits_registers(device: torch.device) -> bool:
+    """Whether `Blocks.registers` apply: on Hopper, whose tensor cores read factors from shared memory."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _interpreted() -> bool:
@@ -129,7 +147,7 @@ def constants(q: Tensor, v: Tensor, blocks: Blocks, call: Call, mask_kind: int) 
         "BLOCK_N": blocks.queries, "BLOCK_M": blocks.keys,
         "MODE": EMPTY_ROWS.index(call.empty_rows), "CAUSAL": call.is_causal, "MASK": mask_kind,
         "WIDEN": _interpreted(), "num_warps": blocks.warps, "num_stages": blocks.stages,
-        "maxnreg": blocks.registers, "enable_fp_fusion": False,
+        "maxnreg": blocks.registers if limits_registers(q.device) else None, "enable_fp_fusion": False,
     }  # fmt: skip
 
 
@@ -145,7 +163,7 @@ def forward(
 
     batch, heads, n, d = q.shape
     m, dv = k.shape[2], v.shape[3]
-    blocks = blocks or forward_blocks(m, *_width_and_dtype(q, v))
+    blocks = blocks or forward_blocks(*_situation(q, k, v, call))
     out, saved, alive = _empty(q, v, need, blocks)
     if out.numel() == 0 or m == 0:
         return out.zero_(), saved.zero_(), alive.zero_()
@@ -177,9 +195,14 @@ def groups_visited(alive: Tensor) -> Tensor:
     return ((alive[..., None] >> torch.arange(GROUPS, device=alive.device)) & 1).sum(dim=-1)
 
 
-def _width_and_dtype(q: Tensor, v: Tensor) -> tuple[int, torch.dtype]:
-    """What the size of tiles depends on, beside the number of keys."""
-    return max(q.shape[-1], v.shape[-1]), torch.promote_types(q.dtype, v.dtype)
+def share_visited(q: Tensor, k: Tensor, v: Tensor, call: Call) -> float:
+    """The share of groups of tiles whose values the forward kernel reads; in the others no key survives."""
+    blocks = forward_blocks(*_situation(q, k, v, call))
+    if blocks.single:
+        return 1.0
+    _, span = _grouped(k.shape[2], blocks)
+    visited = groups_visited(forward(q, k, v, call)[2])
+    return float(visited.float().mean()) / -(-k.shape[2] // (blocks.keys * span))
 
 
 def _empty(q: Tensor, v: Tensor, need: int, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +233,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dtau.zero_()
     prepared = q.new_empty((PREPARED, batch, heads, n), dtype=torch.float32)
     saved = saved.movedim(-1, 0).contiguous()  # no copy, except under torch.func
-    of_queries, of_keys = query_blocks(m, *_width_and_dtype(q, v)), key_blocks(*_width_and_dtype(q, v))
+    of_queries, of_keys = query_blocks(*_situation(q, k, v, call)), key_blocks(*_situation(q, k, v, call))
     per_query, per_key = -(-n // of_queries.queries), -(-m // of_keys.keys)
     groups, span = _grouped(m, of_queries) if alive.shape[-1] else (0, 1)
     given, strides, kind = _mask_of(call.attn_mask, q, k)
@@ -296,7 +319,8 @@ def triton_attention_backward(
 
 @triton_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q, v, arguments[-1], forward_blocks(k.shape[2], *_width_and_dtype(q, v)))
+    *settings, need = arguments
+    return _empty(q, v, need, forward_blocks(*_situation(q, k, v, from_flat(settings))))
 
 
 @triton_attention_backward.register_fake
