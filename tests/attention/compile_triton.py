@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from svit_utils.attention import FixedThreshold, attention_rows, thresholded_attention
 from svit_utils.attention.backends import triton as backend
 
-# dtype, width of q and k, of v, queries and keys, mask, empty_rows. The first are those that the targets are measured at.
+# dtype, width of q and k, of v, queries and keys, mask, empty_rows. The first two are what the targets are measured at.
 CASES: tuple[tuple[torch.dtype, int, int, int, str, str], ...] = (
     (torch.bfloat16, 64, 64, 197, "none", "dense"),
     (torch.bfloat16, 64, 64, 577, "none", "dense"),
@@ -94,7 +94,7 @@ def registers(ptx: str, capability: int) -> dict[str, int]:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
         name = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"]
+        command = [str(ptxas), "-v", "--fmad=false", f"--gpu-name={name}", str(source), "-o", f"{source}.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     used = re.search(r"Used (\d+) registers", said)
@@ -117,7 +117,8 @@ def main(capabilities: list[int]) -> None:
                 for name, kernel, seconds in found:
                     row = {"kernel": name, "capability": capability, "dtype": str(dtype).removeprefix("torch.")}
                     row |= {"head": f"{d}/{dv}", "keys": n, "mask": mask, "mode": mode, "grad": grad}
-                    row |= {"shared": kernel.metadata.shared, "seconds": round(seconds, 1)}
+                    row |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
+                    row |= {"seconds": round(seconds, 1)}
                     print(json.dumps(row | registers(kernel.asm["ptx"], capability)), flush=True)
 
 

@@ -327,7 +327,7 @@ def test_the_kernels_compile_and_fit_on_the_chip(tmp_path):
     """For GPUs from compute capability 8.0 on, by Triton's compiler, which needs none."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.attention.compile_triton"]
+    command = [sys.executable, "-m", "tests.attention.compile_triton", "80", "90"]
     done = subprocess.run(command, env=environment, cwd=repo_root(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -335,8 +335,13 @@ def test_the_kernels_compile_and_fit_on_the_chip(tmp_path):
         (kernel, capability) for kernel in ("forward_kernel", "query_kernel", "key_kernel") for capability in (80, 90)
     }
     for row in compiled:
-        assert row["bytes of PTX"] > 1000
-        assert row["shared"] <= 99 * 1024, row
+        assert row["shared"] <= 99 * 1024, row  # what a program gets on the smaller cards of 8.6 and 8.9
+        assert row["registers"] * 32 * row["warps"] <= 65536, row
+    for row in compiled:  # what the targets are measured with: several programs on a multiprocessor, little spilled
+        if row["capability"] == 90 and row["head"] == "64/64" and row["dtype"] == "bfloat16":
+            assert 2 * row["registers"] * 32 * row["warps"] <= 65536, row
+            assert 2 * row["shared"] <= 227 * 1024, row
+            assert row["spilled"] <= 512, row
 
 
 def test_auto_on_a_gpu(monkeypatch):

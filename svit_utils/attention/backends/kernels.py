@@ -39,13 +39,13 @@ def _load(pointer, first, rows, columns, row_stride, column_stride, n_rows, n_co
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
+def _rounded(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
     """Float32 numbers in another dtype, or with WIDEN what is left of them after a detour through it."""
-    if WIDEN and DTYPE == tl.bfloat16:
+    if WIDEN and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)  # the interpreter cuts digits off instead of rounding to the nearest
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     else:
-        x = x.to(DTYPE)
+        x = x.to(dtype)
     return x.to(tl.float32) if WIDEN else x
 
 

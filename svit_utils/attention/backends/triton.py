@@ -154,15 +154,15 @@ def constants(q: Tensor, v: Tensor, blocks: Blocks, call: Call, mask_kind: int) 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, call: Call, need: int = 0, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, N, Dv], what is saved of each row [B, H, N, 8], and for each block of queries which tiles have survivors.
+    """out [B, H, N, Dv], what is saved of each row [B, H, N, 8], and which tiles have survivors [B, H, blocks].
 
-    ``need`` is a sum of `STATISTICS` and `GRADIENTS`; without either, rows are not saved. The third is [B, H, blocks], a
-    bit for each group of tiles, see `groups_visited`; or [B, H, 0] where one tile has all keys.
+    ``need`` is a sum of `STATISTICS` and `GRADIENTS`; without either, rows are not saved. The third has a bit for each
+    group of tiles of a block of queries, see `groups_visited`; or is [B, H, 0] where one tile has all keys.
     """
     from svit_utils.attention.backends import kernels
 
-    batch, heads, n, d = q.shape
-    m, dv = k.shape[2], v.shape[3]
+    batch, heads, n, _ = q.shape
+    m = k.shape[2]
     blocks = blocks or forward_blocks(*_situation(q, k, v, call))
     out, saved, alive = _empty(q, v, need, blocks)
     if out.numel() == 0 or m == 0:
