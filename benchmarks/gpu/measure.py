@@ -149,11 +149,9 @@ def compare(plan: Plan, n: int, logits: str, grad: bool, names: tuple[str, ...])
 
 
 def tiles_visited(q: Tensor, k: Tensor, v: Tensor) -> float:
-    """The share of tiles whose values the forward kernel reads; the others have no survivor."""
+    """The share of tiles whose values the forward kernel reads; in the others no key survives."""
     found = Call(torch.tensor(TAU, device=q.device), q.shape[-1] ** -0.5)
-    visited = kernels.forward(q.detach(), k.detach(), v.detach(), found, False)[3]
-    blocks = kernels.forward_blocks(k.shape[2], max(q.shape[-1], v.shape[-1]), q.dtype)
-    return round(float(visited.float().mean()) / -(-k.shape[2] // blocks.keys), 4)
+    return round(kernels.share_visited(q.detach(), k.detach(), v.detach(), found), 4)
 
 
 def _line(row: Row) -> str:

@@ -165,7 +165,8 @@ def prove_case(case: Case, device: str, kernels: Callable[..., Tensor] | None = 
     with poisoned_memory():
         got = on_device(own)
         repeated = all(torch.equal(a, b) for a, b in zip(got, on_device(own), strict=True))
-    _, rows = attention_rows(on_q, on_k, on_v, moved, backend="triton", **options)
+    with torch.no_grad():
+        _, rows = attention_rows(on_q, on_k, on_v, moved, backend="triton", **options)
     kept = AttentionRows.from_record(record).kept
     other_support = int(((rows.kept.cpu() != kept) & ~edge).sum())
     found: Row = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from svit_utils.attention.formula import cut_and_renormalise, level_of_cut, statistics_dtype
 from svit_utils.attention.masks import allowed_keys
-from svit_utils.attention.thresholds import ThresholdLike, check_empty_rows, resolve_threshold
+from svit_utils.attention.thresholds import Threshold, ThresholdLike, check_empty_rows, resolve_threshold
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Call:
         check_shapes(q, k, v, attn_mask, is_causal)
         if not 0.0 <= dropout_p <= 1.0:
             raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-        keys = allowed_keys(q, k, attn_mask, is_causal)
+        counted = isinstance(threshold, Threshold) and threshold.counts_keys
+        keys = allowed_keys(q, k, attn_mask, is_causal) if counted else k.shape[2]
         tau = resolve_threshold(threshold, keys, q.shape[1], statistics_dtype(q))
         scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
         return cls(tau, scale, attn_mask, is_causal, dropout_p, empty_rows)

@@ -44,7 +44,8 @@ class AttentionRows:
         """
         kept, mass, nonzero, support = statistics.unbind(-1)
         kept, nonzero = kept.long(), nonzero.long()
-        keys = torch.as_tensor(keys, device=kept.device)
+        if not isinstance(keys, Tensor):
+            keys = torch.full((), keys, device=kept.device)  # made there: nothing is copied to a GPU
         keys = (keys if keys.ndim == 0 else keys[..., 0]).expand_as(kept)
         return cls(kept, keys, keys - nonzero, mass, support, keys > 0)
 

@@ -168,7 +168,7 @@ class RelativeThreshold(Threshold):
         self.alpha = float(alpha)
 
     def forward(self, keys: int | Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if _may_look_at(keys):
             fewest = _fewest_keys(keys, self.alpha)
             if fewest is not None:
                 raise ValueError(
@@ -259,7 +259,8 @@ def resolve_threshold(
 ) -> Tensor | float:
     """Tau broadcastable to [..., N, 1]; checks its range and shape.
 
-    The values of a tensor are not looked at while ``torch.compile`` or ``torch.export`` traces.
+    A tensor's values are looked at, which waits for a GPU at each call (a `FixedThreshold` is checked once, when it is
+    made); not while ``torch.compile`` or ``torch.export`` traces, or a CUDA graph is captured.
 
     Args:
         threshold: what the user gave.
@@ -274,7 +275,7 @@ def resolve_threshold(
     if isinstance(threshold, Tensor):
         if threshold.ndim > 1:
             raise ValueError(f"threshold must be a number or a tensor [H], got shape {tuple(threshold.shape)}")
-        if not torch.compiler.is_compiling():
+        if _may_look_at(threshold):
             _check_range(threshold, threshold)
         tau = _over_rows(threshold).to(dtype)
         _check_heads(tau, heads)
@@ -306,6 +307,12 @@ def _check_heads(tau: Tensor, heads: int | None) -> None:
     if tau.ndim >= 3 and tau.shape[-3] not in (1, heads):
         found = "no dimension of heads" if heads is None else f"{heads} heads"
         raise ValueError(f"threshold has {tau.shape[-3]} entries, but the scores have {found}")
+
+
+def _may_look_at(values: int | Tensor) -> bool:
+    """Whether numbers can be read now, also those in a tensor."""
+    on_gpu = isinstance(values, Tensor) and values.is_cuda
+    return not (torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing()))
 
 
 def _check_range(values: Tensor, given: object) -> None:

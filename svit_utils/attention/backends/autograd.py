@@ -5,7 +5,7 @@ A backend registers two custom ops, so that ``torch.compile`` and ``torch.func``
     forward(q, k, v, *settings, need)                    -> out [B, H, N, Dv], rows [B, H, N, .], more [B, H, N, .]
     backward(grad, out, rows, more, q, k, v, *settings)  -> gradients of q, k, v, and of each row's tau [B, H, N]
 
-``rows`` and ``more`` are what a backend hands from one to the other, or empty; ``need`` is a switch of its own;
+``rows`` and ``more`` are what a backend hands from one to the other, or empty; ``need`` is a number of its own;
 ``settings`` are those of `SETTINGS`. Ops take numbers and tensors only, so a
 `Call` is taken apart by `flat` on one side and put together by `from_flat` on the other.
 """
@@ -32,7 +32,9 @@ def flat(call: Call, q: Tensor) -> tuple[Any, ...]:
     """The call's settings as an op takes them; the seed of its dropout, if it has any, is drawn here."""
     tau = call.tau
     if not isinstance(tau, Tensor):
-        tau = torch.tensor(tau, dtype=statistics_dtype(q), device=q.device)
+        tau = torch.full((), tau, dtype=statistics_dtype(q), device=q.device)  # made there: nothing is copied to a GPU
+    elif tau.device != q.device:
+        tau = tau.to(q.device)  # of a threshold object that does not follow a model
     seed = torch.randint(2**62, ()) if call.dropout_p else None
     return tau, call.attn_mask, call.scale, call.is_causal, call.dropout_p, seed, call.empty_rows
 
@@ -43,7 +45,7 @@ def from_flat(settings: Sequence[Any]) -> Call:
     return Call(tau, scale, mask, causal, dropout, empty_rows)
 
 
-def run(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call, need: bool) -> tuple[Tensor, ...]:
+def run(name: str, q: Tensor, k: Tensor, v: Tensor, call: Call, need: int) -> tuple[Tensor, ...]:
     """The op ``svit::<name>``; through an autograd Function only where a derivative may be asked for.
 
     A Function's bookkeeping takes a noticeable part of the time where N is small.
