@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 
 from svit_utils.paths import repo_root
 
 COMMANDS = {"build": "svit_course.build", "grade": "svit_course.grading.command"}
+# What a command needs beyond the library's own packages: the extra `course` in pyproject.toml.
+NEEDED = {"build": ("nbformat", "nbgrader", "hatchling"), "grade": ("nbformat", "IPython", "jinja2", "pygments")}
 USAGE = """\
 usage: python -m svit_course build|grade ...
 
@@ -27,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if wanted_help else 2
     if repo_root() is None:
         print("The assignments' masters are in the repository: run this there, not from a wheel.", file=sys.stderr)
+        return 2
+    if missing := [name for name in NEEDED[arguments[0]] if importlib.util.find_spec(name) is None]:
+        needs = f"{arguments[0]} needs {', '.join(missing)}, which is not installed"
+        print(f"python -m svit_course {needs}: pip install -e '.[course]'", file=sys.stderr)
         return 2
     return int(importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:]))
 

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-import ipywidgets as widgets
 from PIL import Image
 
 from svit_utils.show import explorers
 from svit_utils.show.display import image_png
+
+try:
+    import ipywidgets as widgets
+except ImportError as error:
+    raise ImportError("the explorers need the package ipywidgets: pip install ipywidgets") from error
 
 _LOOK = {"layout": {"width": "520px"}, "style": {"description_width": "70px"}}
 

@@ -9,6 +9,8 @@ import pytest
 
 from svit_course import notebooks
 
+pytest.importorskip("jupyterlab")
+pytest.importorskip("playwright")
 pytestmark = pytest.mark.browser
 
 SHOTS = notebooks.ROOT / "build" / "browser"

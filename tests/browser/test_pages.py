@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 from svit_course import notebooks
+
+pytest.importorskip("nbclient")
+pytest.importorskip("playwright")
+
 from tools import outputs, walkthrough
 
 pytestmark = pytest.mark.browser

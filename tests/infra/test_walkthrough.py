@@ -10,6 +10,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from svit_course import notebooks, stamp
+
+pytest.importorskip("nbclient")
+pytest.importorskip("nbconvert")
+
 from tools import walkthrough
 
 DRAW = """\
