@@ -166,7 +166,7 @@ def _chosen(backend: str, q: Tensor, k: Tensor, v: Tensor, call: Call, return_we
     """The backend to use, or a ValueError where the one asked for cannot do what the call asks."""
     if backend == "auto":
         return backend_for(q, k, v, attn_mask=call.attn_mask, return_weights=return_weights, dropout_p=call.dropout_p)
-    if backend == "reference" or torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)():
+    if backend == "reference" or _exporting():
         return "reference"  # a program of plain operators, whatever runs here
     why = _needs_formula(call.attn_mask, return_weights) or _FAST[backend].unfit(q, k, v, call.dropout_p)
     if why:
@@ -175,7 +175,5 @@ def _chosen(backend: str, q: Tensor, k: Tensor, v: Tensor, call: Call, return_we
 
 
 def _exporting() -> bool:
-    if torch.jit.is_tracing():  # torch.jit.trace and the older ONNX exporter
-        return True
-    exporting = getattr(torch.compiler, "is_exporting", None)  # torch < 2.7 has no such function
-    return torch.compiler.is_compiling() if exporting is None else bool(exporting())
+    # torch.compiler.is_exporting() says so under torch.compile as well, until PyTorch 2.12; what it is made of does not.
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
