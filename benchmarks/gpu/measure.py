@@ -1,7 +1,7 @@
 """What attention costs on a GPU, against fused dense attention and the other ways to be sparse; then whole models.
 
 Tokens per batch are constant, so that every length fills the card alike. What the targets need comes first, in case the
-budget ends early. Fixed thresholds are modules on the device, as in a model: a number would be copied there each time.
+budget ends early. Fixed thresholds are modules on the device, as in a model.
 """
 
 from __future__ import annotations

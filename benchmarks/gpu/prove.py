@@ -37,9 +37,9 @@ from svit_utils.attention.record import AttentionRecord, attend
 TIMES, TIMES_LARGEST = 2.0, 4.0
 # Relative to a tensor's largest entry, for errors that are 0 in the formula by luck: a small part of a rounding.
 FLOORS = {"float16": 2.0**-15, "bfloat16": 2.0**-12, "float32": 2.0**-23}
-# tau's gradient is D = dO . o away from the output, which is kept in half precision: a rounding of the output.
+# tau's gradient is one number for many rows, whose error in the formula can be 0 by luck when nothing else is rounded.
+FLOORS_DTAU = FLOORS | {"float32": 2.0**-20}
 FLOOR_OF_ZERO = 32.0  # times the floor, where a gradient is 0 by nature and any rounding is infinitely larger
-FLOORS_DTAU = FLOORS
 EDGE = 1e-4  # of a probability from what the row is cut at; float32 scores are a few 1e-6 from float64 ones
 LEAST_SUM = 1 / 64  # of R's sum, over the cut: below, rounding is multiplied by more than 64
 NAMES = ("out", "dq", "dk", "dv", "dtau")

@@ -175,5 +175,5 @@ def _chosen(backend: str, q: Tensor, k: Tensor, v: Tensor, call: Call, return_we
 
 
 def _exporting() -> bool:
-    # torch.compiler.is_exporting() says so under torch.compile as well, until PyTorch 2.12; what it is made of does not.
+    # torch.compiler.is_exporting() is true under torch.compile as well, until PyTorch 2.12; what it returns is not.
     return torch.jit.is_tracing() or torch.compiler._is_exporting_flag

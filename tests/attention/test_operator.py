@@ -344,6 +344,22 @@ def test_compile(mode):
     torch.testing.assert_close(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_what_is_compiled_takes_the_fast_backend(backend):
+    """Until PyTorch 2.12, torch.compiler.is_exporting() is true whenever Dynamo traces."""
+    q, k, v = torch.randn(3, 1, 2, 140, 8).unbind(0)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: thresholded_attention(*x, 0.02, backend=backend), backend=keep, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), thresholded_attention(q, k, v, 0.02, backend="tiled"))
+    assert any("svit.tiled_attention" in str(node.target) for node in graphs[0].graph.nodes)
+
+
 @pytest.mark.parametrize("threshold", [0.1, FixedThreshold(0.1), RelativeThreshold(0.7), LearnableThreshold(0.1)])
 def test_export(threshold):
     class Wrapped(torch.nn.Module):

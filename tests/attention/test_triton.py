@@ -18,10 +18,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svit_utils.attention import (
     EMPTY_ROWS,
     AttentionRows,
+    FixedThreshold,
+    LearnableThreshold,
     attention_record,
     attention_rows,
     backend_for,
@@ -297,6 +300,56 @@ def test_autocast_leaves_the_kernels_alone():
         mixed = thresholded_attention(q, k.bfloat16(), v.bfloat16(), 0.02, backend="triton")
     assert mixed.dtype == torch.bfloat16
     torch.testing.assert_close(mixed.float(), wanted, rtol=0.05, atol=0.05)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tau", ["number", "fixed", "fixed per head", "learnable", "learnable per head"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_nothing_waits_for_the_gpu_or_is_copied_there(mask, tau, monkeypatch):
+    """Forward and backward are launches of kernels and of operators that stay on the device, as in a CUDA graph.
+
+    Kernels are left out: the interpreter copies.
+    """
+    from svit_utils.attention.backends import kernels
+
+    for name in ("forward_kernel", "query_kernel", "key_kernel"):
+        monkeypatch.setattr(kernels, name, Launches())
+    shape = (2, 2, 5, 7, 4, 3)
+    q, k, v = inputs(shape, seed=0)
+    options = moved(masking(mask, shape, 0))
+    taus = {
+        "number": 0.1,
+        "fixed": FixedThreshold(0.1),
+        "fixed per head": FixedThreshold([0.1, 0.2]),
+        "learnable": LearnableThreshold(0.1),
+        "learnable per head": LearnableThreshold(0.1, per="head").for_heads(2),
+    }
+    threshold = taus[tau].to(DEVICE) if isinstance(taus[tau], torch.nn.Module) else taus[tau]
+    grad = torch.ones(2, 2, 5, 3, device=DEVICE)
+    with Operators() as seen:
+        thresholded_attention(q, k, v, threshold, backend="triton", **options).backward(grad)
+    waiting = {"_local_scalar_dense", "item", "nonzero", "index", "masked_select", "is_nonzero", "unique"}
+    copying = {"_to_copy", "copy_", "lift_fresh", "clone"}
+    assert "new_empty" in seen.names
+    assert not seen.names & (waiting | copying), seen.names
+
+
+class Launches:
+    """In place of a kernel: launched, it does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: None
 
 
 def test_what_it_cannot_do_is_said(monkeypatch):
