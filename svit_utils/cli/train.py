@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     from svit_utils.provenance import provenance
     from svit_utils.training import build_data, build_model, evaluate, train
     from svit_utils.training.outputs import locked, writing
-    from svit_utils.training.processes import by_main, start
+    from svit_utils.training.processes import by_main, end, start
 
     profile = chosen_profile(options)
     if options.steps is not None:
@@ -109,6 +109,7 @@ def _run(options: argparse.Namespace, stack: ExitStack) -> int:
     config = replace(profile.config, **{k: v for k, v in changes.items() if v is not None})
     profile = replace(profile, config=config)
     processes = start()
+    stack.callback(end)
     set_threads(options)  # after Accelerate, which sets a number of its own for several processes on a CPU
     by_main(processes, lambda: stack.enter_context(locked(options.out)))  # until all is written
     if processes.is_main_process:

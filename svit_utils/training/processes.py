@@ -37,6 +37,15 @@ def start() -> Accelerator:
     return Accelerator(mixed_precision="no", cpu=cpu)  # precision is torch's autocast around the forward pass
 
 
+def end() -> None:
+    """Close what `start` opened between the processes; for the last line of a program that is one of several.
+
+    Left open, a thread of gloo's may abort the process while Python ends, after all work is done.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def by_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """What ``action`` returns in the first process, or raises there, in all of them."""
     outcome: list = [None, None]

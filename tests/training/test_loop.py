@@ -32,6 +32,7 @@ from svit_utils.training import (
     tau_factor,
     train,
 )
+from svit_utils.training.processes import end
 from svit_utils.training.recipe import param_groups
 
 CONFIG = TrainConfig(steps=6, batch_size=4, lr=1e-2, checkpoint_every=2, log_every=1)
@@ -431,6 +432,7 @@ def _one_of_two(folder: str, accumulation: int) -> None:
     state = PartialState()
     text = json.dumps({"processes": state.num_processes, "seen": data.seen, "head": model.head.weight.tolist()})
     (Path(folder) / f"rank{state.process_index}.json").write_text(text)
+    end()
 
 
 def launch_two(rendezvous: Path, function: Any, *args: Any) -> None:

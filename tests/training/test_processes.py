@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, TensorDataset
 import svit_utils
 from svit_utils.attention import LearnableThreshold, sparsify
 from svit_utils.training import Stopped, TrainConfig, train
-from svit_utils.training.processes import start
+from svit_utils.training.processes import end, start
 
 ROOT = Path(svit_utils.__file__).parents[1]
 CONFIG = TrainConfig(
@@ -128,6 +128,7 @@ def worker(folder: Path, again: bool) -> None:
             found[f"sharded {per}"] = sharded_runs(folder / f"sharded {per}", per, rank)
         (folder / f"rank{rank}.json").write_text(json.dumps(found))
     one_run(folder / "killed", "head", 4, Ends(signal.SIGKILL, active=rank == 1 and not again))
+    end()
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
