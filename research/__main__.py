@@ -30,8 +30,8 @@ def run_experiment(options: argparse.Namespace) -> None:
 
 def run_study(options: argparse.Namespace) -> None:
     """Train, score and compare what the PLAN.md of a study names, or what is missing of it."""
+    from research.second import report as second_tables
     from research.second import run as second
-    from research.second import tables as second_tables
     from research.study import run, studies, tables
 
     study = studies.get_study(options.profile)

@@ -228,13 +228,14 @@ def reachability(maps: Sequence[Tensor], residual: bool = True) -> Tensor:
     return torch.stack(reached)
 
 
-def reachability_table(model: nn.Module, x: Tensor) -> pd.DataFrame:
+def reachability_table(model: nn.Module, x: Tensor, *, fallback: bool = True) -> pd.DataFrame:
     """How many patches have a value path to the classifier's token, looking back 1, 2, ... L layers from the end.
 
     At depth 1 a patch counts if the last layer's row of the class token gives it a weight in any head; at depth d if a
     chain through the last d layers does. Distilled DeiT: to the class or the distillation token. A model that pools
     patches reads them all, so there every patch counts at once by its residual connection. In a dense model, whose
-    softmax has no zeros, every patch counts from depth 1. Images `x` are [B, 3, H, W].
+    softmax has no zeros, every patch counts from depth 1. Images `x` are [B, 3, H, W]. Without `fallback` the rows in
+    which no key rose above tau count no weights, whatever `empty_rows` gave them.
 
     Returns one row per `depth` and `residual` (whether the residual connection counts as a path beside attention), with
     `layer`, the earliest layer on the path, and `reachable_share`, mean over images of the share of patches. Raises
@@ -243,6 +244,10 @@ def reachability_table(model: nn.Module, x: Tensor) -> pd.DataFrame:
     shares = []
     for part in x.split(_CHUNK):
         maps, grid = maps_on_grid(model, part)
+        if not fallback:
+            for name, record, _ in _records(model, part):
+                fell_back = record.probs.amax(dim=-1, keepdim=True) <= record.normaliser.tau(record.scores)
+                maps[name] = record.undropped.masked_fill(fell_back, 0.0)
         for residual in (True, False):
             reached = torch.zeros(len(part), 1, grid.num_tokens, dtype=torch.bool, device=part.device)
             reached[..., readout_rows(model, grid)] = True

@@ -15,8 +15,11 @@ import torch
 
 from research.plans import Run
 from research.rows import replace_rows
+from research.second.choice import BUDGET
+from research.second.report import write_tables
+from research.second.runs import FRESH_SEEDS, THREE, chosen_setting
 from research.second.scores import PARTS, Scored
-from research.second.tables import write_tables
+from research.second.tables import setting_of
 from research.study.run import in_processes, train_missing
 from research.study.scores import Scores
 from research.study.store import write_images
@@ -27,15 +30,20 @@ from svit_utils.provenance import provenance
 
 CELL_COLUMNS = ("run", "part", "seconds")
 SCORE_COLUMNS = ("run", "part", "map", "layer", "head", "metric", "value")
-BUDGET = 450  # steps of the runs that are chosen from
+ANSWERS_TO_EMPTY_ROWS = ("warmup", "cap", "zero")  # tau = 0.01, warmed up: three modes of `empty_rows`
 
 
 def belongs(part: str, run: Run) -> bool:
-    """Whether the plan asks for this part of this run: the choice looks at the runs of A to C at 450 steps only."""
+    """Whether the plan asks for this part of this run."""
+    config, fresh = run.profile.config, run.profile.config.seed in FRESH_SEEDS
     if run.name.startswith("start_"):
         return False
-    if part == "validation":
-        return run.profile.config.steps == BUDGET and run.profile.config.seed < 5
+    if part == "validation":  # the choice looks at the runs of 450 steps only
+        return config.steps == BUDGET and not fresh
+    if part == "faithfulness":
+        return fresh
+    if part == "reachability":
+        return setting_of(run.name) in ANSWERS_TO_EMPTY_ROWS and config.steps == BUDGET and config.seed in THREE
     return True
 
 
@@ -67,11 +75,17 @@ def run_second(*, jobs: int = 1, parts: list[str] | None = None) -> Path:
     wanted = ["train", *PARTS] if parts is None else parts
     if unknown := set(wanted) - {"train", *PARTS}:
         raise ValueError(f"unknown part {', '.join(sorted(unknown))}: allowed are train, {', '.join(PARTS)}")
-    study = get_study("second")
+    parts, study = [part for part in wanted if part != "train"], get_study("second")
     if "train" in wanted:
         train_missing(study, jobs)
-    score_missing(study, [part for part in wanted if part != "train"], jobs)
+    score_missing(study, parts, jobs)
     write_tables(study)
+    if chosen_setting(study.out) is not None:
+        confirmation = get_study("confirmed")
+        if "train" in wanted:
+            train_missing(confirmation, jobs)
+        score_missing(confirmation, parts, jobs)
+        write_tables(study)
     return study.out
 
 

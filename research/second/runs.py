@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from research.plans import DEIT, NORMALISER, PLANTED, Experiment, Learned, Run, changed
-from svit_utils.paths import repo_root
+from svit_utils.files import read_rows
 
 SEEDS, THREE = (0, 1, 2, 3, 4), (0, 1, 2)
 FRESH_SEEDS, FRESH_PICTURES = (10, 11, 12, 13, 14), 1  # of the confirmation; no other run has them
@@ -81,7 +81,7 @@ def with_registers() -> Iterator[Run]:
     """E: what cleans a map without sparsity? Four register tokens, from a start of their own."""
     first = changed(BASE, start="scratch", steps=1200, lr=1e-3, warmup_steps=50, eval_every=0)
     start = Run("start_registers", "dense", first, curriculum=(150, 150), registers=4, test_seed=TEST_PICTURES)
-    work = (repo_root() or Path.cwd()) / "build" / "experiments" / "second"
+    work = Path("build", "experiments", "second")  # as in the records: relative to the repository
     yield start
     weights = work / start.name / "stage2" / "last.safetensors"
     second = changed(BASE, start=str(weights), steps=500, lr=7e-4, warmup_steps=20, eval_every=0)
@@ -108,14 +108,6 @@ def fallbacks() -> Iterator[Run]:
             yield run("warmup", 450, seed, label=mode, empty_rows=mode)
 
 
-def confirmation(label: str, kind: str, **options: Any) -> Iterator[Run]:
-    """The chosen setting and dense attention once more, with seeds and test pictures that nothing was chosen by."""
-    for seed in FRESH_SEEDS:
-        for name, each, changes in (("dense", "dense", {}), (label, kind, options)):
-            fresh = run(each, 450, seed, label=f"confirm_{name}", **changes)
-            yield replace(fresh, test_seed=FRESH_PICTURES)
-
-
 PARTS = {
     "A": budgets,
     "B": lower_taus,
@@ -131,6 +123,30 @@ def experiment() -> Experiment:
     """All runs on PlantedShapes."""
     runs = tuple(run for part in PARTS.values() for run in part())
     return Experiment("second", "The second study: budgets, lower and learned thresholds, operators", runs, 0.05, 0.20)
+
+
+def confirmation(setting: str) -> Experiment:
+    """The chosen setting and dense attention once more, with seeds and test pictures that nothing was chosen by.
+
+    Raises:
+        ValueError: no run of A to C at 450 steps has that setting.
+    """
+    planned = {run.name: run for part in "ABC" for run in PARTS[part]()}
+    if f"{setting}-450-seed0" not in planned:
+        raise ValueError(f"{setting!r} is no setting of parts A to C at 450 steps")
+    runs = []
+    for seed in FRESH_SEEDS:
+        for name in ("dense", setting):
+            first = planned[f"{name}-450-seed0"]
+            profile = changed(first.profile, seed=seed)
+            runs.append(replace(first, name=f"{name}-450-seed{seed}", profile=profile, test_seed=FRESH_PICTURES))
+    return Experiment("confirmed", "The setting that was chosen, with fresh seeds", tuple(runs), 0.05, 0.20)
+
+
+def chosen_setting(folder: Path) -> str | None:
+    """The setting that the second study in ``folder`` chose, from its ``tables/choice.csv``; None before that."""
+    rows = read_rows(folder / "tables" / "choice.csv")
+    return next((row["setting"] for row in rows if row["chosen"]), None)
 
 
 def deit_rates() -> Experiment:

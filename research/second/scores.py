@@ -11,13 +11,14 @@ from research.plans import Run
 from research.second.sinks import sink_table
 from research.study.maps import CHUNK, class_rows, on_grid
 from research.study.scores import Scores
+from research.zeros import reachability_table
 from svit_utils.attention import TokenSparsityTracker, sparse_modules
 from svit_utils.data import PlantedShapes
 from svit_utils.explain import attention_maps, grad_cam, rollout_matrix
 from svit_utils.explain.grid import TokenGrid, token_grid
-from svit_utils.referee import localisation_scores
+from svit_utils.referee import faithfulness_scores, localisation_scores
 
-PICTURES = {"localisation": 1000, "sparsity": 200, "sinks": 200}
+PICTURES = {"localisation": 1000, "sparsity": 200, "sinks": 200, "reachability": 50, "faithfulness": 50}
 DRAWN = {"attention": "attention_drawn", "rollout": "rollout_drawn"}  # the dense model's maps, drawn cut
 
 
@@ -106,4 +107,41 @@ def sinks(scored: Scored) -> Scores:
     return scores
 
 
-PARTS = {"localisation": localisation, "validation": validation, "sparsity": sparsity, "sinks": sinks}
+def reachability(scored: Scored) -> Scores:
+    """The share of patches with a value path to the class token, with fallback rows and without."""
+    scores = Scores()
+    images = PlantedShapes("test", seed=scored.run.test_seed).batch(PICTURES["reachability"]).images
+    for name, fallback in (("reach", True), ("reach_without_fallback", False)):
+        table = reachability_table(scored.model, images, fallback=fallback)
+        scores.add_table(table, ("depth", "residual"), ("reachable_share",), name)
+    return scores
+
+
+def faithfulness(scored: Scored) -> Scores:
+    """What disturbing the picture says of the model's maps; the dense model's, drawn cut, disturb the dense model."""
+    scores = Scores()
+    x = PlantedShapes("test", seed=scored.run.test_seed).batch(PICTURES["faithfulness"]).images
+    grid = token_grid(scored.model, x)
+    attention, rolled, _ = views(list(attention_maps(scored.model, x).values()), scored.model, grid)
+    judged = [(scored.model, {"attention": attention, "rollout": rolled, "grad_cam": grad_cam(scored.model, x)})]
+    if scored.dense is not None:
+        drawn = drawn_cut(attention_maps(scored.dense, x), scored.model)
+        attention, rolled, _ = views(drawn, scored.dense, grid)
+        judged.append((scored.dense, {"attention_drawn": attention, "rollout_drawn": rolled}))
+    for model, maps in judged:
+        with torch.no_grad():
+            targets = model(x).argmax(dim=-1)
+        for name, values in maps.items():
+            for metric, result in faithfulness_scores(model, x, values, targets).items():
+                scores.add_images(name, metric, result)
+    return scores
+
+
+PARTS = {
+    "localisation": localisation,
+    "validation": validation,
+    "sparsity": sparsity,
+    "sinks": sinks,
+    "reachability": reachability,
+    "faithfulness": faithfulness,
+}

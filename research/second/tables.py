@@ -1,19 +1,13 @@
-"""The second study's tables, from its recorded scores and nothing else: the same rows give the same bytes.
-
-``settings.csv``: each setting's accuracy, sparsity and maps, means over its seeds. ``contrasts.csv``: the plan's
-comparisons. ``margins.csv``: which settings are not inferior to dense attention by more than a point.
-"""
+"""The second study's comparisons, from its recorded scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from research.rows import write_csvs
 from research.second.runs import LEARNED, SEEDS
 from research.study.store import read_images
 from research.study.studies import Study
@@ -172,13 +166,16 @@ def margin_table(study: Study) -> pd.DataFrame:
         if difference is None:
             continue
         found = against_zero(difference)
-        low, high = found.wider.low, found.wider.high
-        result = "open" if found.n_seeds < len(SEEDS) or low <= -MARGIN <= high else "inferior"
-        if found.n_seeds == len(SEEDS) and low > -MARGIN:
-            result = "not inferior"
         row = {"setting": setting, "steps": steps, "seeds": found.n_seeds, "mean": found.mean}
-        rows.append({**row, "low": low, "high": high, "result": result})
+        rows.append({**row, "low": found.wider.low, "high": found.wider.high, "result": non_inferior(found)})
     return pd.DataFrame(rows)
+
+
+def non_inferior(found: Comparison) -> str:
+    """Of a difference from dense: ``"not inferior"`` by more than the margin, ``"inferior"``, or ``"open"``."""
+    if found.n_seeds < len(SEEDS) or found.wider.low <= -MARGIN <= found.wider.high:
+        return "open"
+    return "not inferior" if found.wider.low > -MARGIN else "inferior"
 
 
 def setting_of(name: str) -> str:
@@ -213,13 +210,3 @@ def setting_table(study: Study) -> pd.DataFrame:
         what = {"setting": setting, "steps": budget, "metric": metric, "seeds": len(found)}
         rows.append({**what, "mean": float(np.mean(found)), "low": low, "high": high})
     return pd.DataFrame(rows)
-
-
-def tables(study: Study) -> dict[str, pd.DataFrame]:
-    """All tables by file name."""
-    return {"settings": setting_table(study), "contrasts": contrast_table(study), "margins": margin_table(study)}
-
-
-def write_tables(study: Study, out: str | Path | None = None) -> list[Path]:
-    """Write `tables` as CSV into ``tables/`` of the study, or of ``out``."""
-    return write_csvs(tables(study), (study.out if out is None else Path(out)) / "tables")

@@ -75,7 +75,16 @@ def _second() -> Study:
     return Study("second", second.experiment(), results_dir() / "second")
 
 
-STUDIES = {"full": _full, "deit": _deit, "smoke": _smoke, "second": _second}
+def _confirmed() -> Study:
+    """The confirmation of the setting that the second study chose (results/second/tables/choice.csv)."""
+    folder = results_dir() / "second"
+    chosen = second.chosen_setting(folder)
+    if chosen is None:
+        raise ValueError("nothing is chosen yet: run the study 'second' first, which confirms its choice by itself")
+    return Study("confirmed", second.confirmation(chosen), folder / "confirmed")
+
+
+STUDIES = {"full": _full, "deit": _deit, "smoke": _smoke, "second": _second, "confirmed": _confirmed}
 
 
 def get_study(name: str) -> Study:
