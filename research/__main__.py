@@ -1,4 +1,4 @@
-"""The command line: ``python -m research experiment | study | plan | erratum``."""
+"""The command line: ``python -m research experiment | study | plan | erratum | sinks``."""
 
 from __future__ import annotations
 
@@ -72,6 +72,15 @@ def write_erratum(options: argparse.Namespace) -> None:
         print(path)
 
 
+def write_sinks(options: argparse.Namespace) -> None:
+    """Write results/second/deit_sinks.csv: DeiT-Tiny's attention sinks on photographs, dense and cut."""
+    from pathlib import Path
+
+    from research.second import photographs
+
+    print(photographs.write_sinks(options.images, None if options.out is None else Path(options.out)))
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
@@ -106,6 +115,10 @@ def parser() -> argparse.ArgumentParser:
     erratum = add("erratum", write_erratum)
     erratum.add_argument("--images", type=int, default=1000, metavar="N", help="test pictures (default: 1000)")
     erratum.add_argument("--out", metavar="FOLDER", help="where to (default: results/study)")
+
+    sinks = add("sinks", write_sinks)
+    sinks.add_argument("--images", type=int, default=200, metavar="N", help="photographs (default: 200)")
+    sinks.add_argument("--out", metavar="FOLDER", help="where to (default: results/second)")
     return whole
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from scipy import stats
 
@@ -23,7 +24,7 @@ from research.second.tables import contrast_table, contrasts, margin_table, sett
 from research.study.scores import Scores
 from research.study.studies import Study, get_study
 from research.zeros import reachability_table
-from svit_utils.attention import LearnableThreshold, sparsify
+from svit_utils.attention import LearnableThreshold, sparse_modules, sparsify
 from svit_utils.explain import attention_maps, displayed
 from svit_utils.files import write_rows
 from svit_utils.models import load_embedded
@@ -172,6 +173,23 @@ def test_the_heaviest_column_and_its_value() -> None:
     weights = list(attention_maps(model, x).values())[2]
     share = (weights.sum(dim=(1, 2)) / weights.sum(dim=(1, 2, 3))[:, None]).amax(dim=1).mean()
     assert own["share"][2] == pytest.approx(float(share), rel=1e-5)
+
+
+def test_sinks_of_a_public_model() -> None:
+    from research.second import photographs
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows = photographs.deit_sinks(model, x)
+    place = {(row["kind"], row["tau"], row["layer"]): row for row in rows}
+    assert len(place) == len(rows) == 2 * (1 + 2 * len(photographs.TAUS))
+    dense = sink_table(model, x)
+    for layer in (0, 1):
+        assert float(place["dense", "", layer]["share"]) == pytest.approx(dense["share"][layer], abs=1e-4)
+    for tau in photographs.TAUS:  # the first layer's input does not know of the cut
+        assert place["cut", tau, 0]["share"] == place["drawn", tau, 0]["share"]
+        assert place["cut", tau, 0]["value_norm"] == place["drawn", tau, 0]["value_norm"]
+    assert not sparse_modules(model)
 
 
 @pytest.fixture
