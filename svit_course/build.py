@@ -38,7 +38,7 @@ STUDENT_README = """\
 # Sparse attention in Vision Transformers: chapters and assignments
 
 `notebooks/` holds the book, `notebooks/assignments/` the assignments a to f and a
-[glossary](notebooks/assignments/glossary.md).
+[glossary](notebooks/glossary.md).
 
 **On your machine** (Python 3.10 or newer):
 
@@ -89,11 +89,11 @@ def build(out: Path = OUT, repository: str | None = None) -> Path:
         notebooks.write(notebook, grading / "release" / path.stem / path.name)
         if lost := list(leaks(notebook, notebooks.read(path))):
             raise RuntimeError(f"{path.name}: the student's version still holds\n  " + "\n  ".join(lost))
-    _copy(masters.ASSIGNMENTS / "glossary.md", assignments / "glossary.md")
+    _copy(notebooks.NOTEBOOKS / "glossary.md", student / "notebooks" / "glossary.md")
     _student_files(student, repository, wheel)
     for name in FOR_LECTURERS:
         _copy(masters.ASSIGNMENTS / name, out / "lecturer" / name)
-    _copy(masters.ASSIGNMENTS / "glossary.md", out / "lecturer" / "glossary.md")
+    _copy(notebooks.NOTEBOOKS / "glossary.md", out / "lecturer" / "glossary.md")
     return out
 
 

@@ -18,6 +18,7 @@ import html
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def to_html(notebook: Any, name: str) -> None:
     page.cells = [cell for cell in page.cells if cell.get("id") != stamp.LINKS_ID]  # links to services elsewhere
     for cell in page.cells:
         if cell.cell_type == "markdown":  # the page lies in build/walkthrough/
-            cell.source = cell.source.replace("](assignments/", "](../../notebooks/assignments/")
+            cell.source = re.sub(r"\]\((assignments/|glossary\.md)", r"](../../notebooks/\1", cell.source)
     for cell in notebooks.code_cells(page):
         for output in cell.outputs:
             if outputs.WIDGET in output.get("data", {}):

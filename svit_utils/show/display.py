@@ -26,7 +26,7 @@ def alt_of(figure: Figure) -> str:
     return getattr(figure, "svit_alt", "")
 
 
-def figure_png(figure: Figure, dpi: int = 100) -> bytes:
+def figure_png(figure: Figure, dpi: int = 200) -> bytes:
     """The figure as PNG bytes, on its opaque background."""
     buffer = io.BytesIO()
     with styled():
@@ -41,8 +41,10 @@ def image_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _display(png: bytes, alt: str) -> None:
+def _display(png: bytes, alt: str, width: int | None = None) -> None:
     """Show PNG bytes as one `image/png` output, with ``alt`` (ValueError if empty) where the different readers look.
+
+    `width` is how many CSS pixels it takes on the page at most; without it, as many as the PNG has.
 
     It stands in the output's metadata, which nbconvert's templates read; in `text/plain`, for terminals and diffs; and
     in a hidden paragraph for screen readers in JupyterLab, which gives an image output no text.
@@ -51,10 +53,11 @@ def _display(png: bytes, alt: str) -> None:
 
     if not alt.strip():
         raise ValueError("a picture needs a text that says what it shows")
+    metadata = {"alt": alt, "needs_background": "light"} | ({"width": width} if width else {})
     display(
         {"image/png": base64.b64encode(png).decode("ascii"), "text/plain": f"[Figure: {alt}]"},
         raw=True,
-        metadata={"image/png": {"alt": alt, "needs_background": "light"}},
+        metadata={"image/png": metadata},
     )
     paragraph = f'<p class="svit-alt" style="{_HIDDEN}">Figure: {escape(alt)}</p>'
     display({"text/html": paragraph, "text/plain": ""}, raw=True)
@@ -64,7 +67,7 @@ def figure_with_alt(figure: Figure, alt: str | None = None) -> None:
     """Show a figure in a notebook as PNG with its text (`alt`, or the one attached; else ValueError), and close it."""
     import matplotlib.pyplot as plt
 
-    _display(figure_png(figure), alt or alt_of(figure))
+    _display(figure_png(figure), alt or alt_of(figure), width=round(100 * figure.get_figwidth()))
     plt.close(figure)
 
 

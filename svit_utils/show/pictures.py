@@ -1,5 +1,6 @@
 """Tensors and maps as pictures of bytes: conversion, colour, and a map laid over its image."""
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -7,6 +8,17 @@ import numpy as np
 from PIL import Image
 
 from svit_utils.show.style import CMAP
+
+#: "cat" is a photograph by Stéfan van der Walt (CC0), "fox" was drawn for this book.
+EXAMPLES = {"cat": "cat.jpg", "fox": "fox.png"}
+
+
+def example_picture(name: str = "cat") -> Image.Image:
+    """A picture that comes with the package, 224 x 224; ValueError for a name that is not in `EXAMPLES`."""
+    if name not in EXAMPLES:
+        raise ValueError(f"no example picture {name!r}; there are: {', '.join(EXAMPLES)}")
+    with Image.open(Path(__file__).parent / "examples" / EXAMPLES[name]) as picture:
+        return picture.convert("RGB")
 
 
 def as_array(values: Any, dtype: Any = None) -> np.ndarray:

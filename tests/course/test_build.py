@@ -82,7 +82,7 @@ def test_what_is_handed_out_is_complete(course: Path) -> None:
     student = course / "student"
     names = {path.relative_to(student).as_posix() for path in student.rglob("*") if path.is_file()}
     wheel = next(name for name in names if name.endswith(".whl"))
-    assert {"README.md", "environment.yml", "postBuild", "notebooks/assignments/glossary.md"} <= names
+    assert {"README.md", "environment.yml", "postBuild", "notebooks/glossary.md"} <= names
     assert wheel in (student / "postBuild").read_text() and wheel in (student / "README.md").read_text()
     assert "-e ." not in (student / "environment.yml").read_text()
     # Links between the notebooks, to the glossary and to pictures all lead somewhere.
@@ -169,7 +169,7 @@ def test_the_first_five_chapters_link_to_their_assignments() -> None:
     for path in notebooks.chapters()[:5]:
         text = "\n".join(cell.source for cell in notebooks.read(path).cells if cell.cell_type == "markdown")
         linked[path.stem[1]] = set(re.findall(r"\]\(assignments/([a-f])_\w+\.ipynb\)", text))
-        assert "](assignments/glossary.md)" in text
+        assert "](glossary.md" in text
     assert linked == {"1": {"a", "b"}, "2": {"a", "b", "c", "f"}, "3": {"d"}, "4": {"d", "f"}, "5": {"e"}}
     # And back: what is to be read first is linked.
     for path in m.masters():

@@ -29,6 +29,7 @@ ADDED = (
     490,  # maps of every call of a module, of every head and precision; what cannot be explained is refused
     31,  # types that users of the library see, and what they are told where ipywidgets is missing
     212,  # kernels that waste nothing on a GPU: tiles without survivors, rounded weights, one launch for each gradient
+    78,  # block diagrams, and the pictures that come with the book
 )
 LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 9000 + sum(ADDED), 400, 80
 # A kernel is one function by its nature: what it keeps on the chip cannot be handed to another.
