@@ -150,3 +150,31 @@ def training_curves(runs: Mapping[str, pd.DataFrame], columns: Sequence[str] = (
         axes[0].legend()
     text = f"{_spoken(columns, ' and ')} over training steps, a line for each of {', '.join(runs)}."
     return with_alt(figure, text)
+
+
+def forest(intervals: Mapping[str, Any], *, xlabel: str, title: str = "", scale: float = 100) -> Figure:
+    """A line per interval, from `low` to `high` with a mark at `mean`, and 0 drawn across.
+
+    An interval that contains 0 is a blue dot, one that excludes it an orange diamond.
+
+    Args:
+        intervals: label -> anything with `mean`, `low` and `high`, such as an `Interval`; ValueError if there is none.
+        xlabel: what is measured, with its unit.
+        scale: factor of every number; 100 makes percentage points of a difference of shares.
+    """
+    if not intervals:
+        raise ValueError("a forest plot needs at least one interval, got none")
+    spoken = []
+    with styled_figure(7.0, 1.2 + 0.32 * len(intervals)) as figure:
+        axis = figure.subplots()
+        for row, (label, interval) in enumerate(intervals.items()):
+            mean, low, high = (scale * value for value in (interval.mean, interval.low, interval.high))
+            colour, marker = (COLOURS["vermilion"], "D") if low > 0 or high < 0 else (COLOURS["blue"], "o")
+            axis.plot([low, high], [row, row], color=colour, linewidth=2)
+            axis.plot(mean, row, marker, color=colour)
+            spoken.append(f"{label} {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        axis.axvline(0, color="#444444", linewidth=1)
+        axis.set_yticks(range(len(intervals)), list(intervals))
+        axis.invert_yaxis()
+        axis.set(xlabel=xlabel, title=title)
+    return with_alt(figure, f"Intervals around a line at zero, {xlabel}: {'; '.join(spoken)}.")

@@ -30,6 +30,7 @@ ADDED = (
     31,  # types that users of the library see, and what they are told where ipywidgets is missing
     212,  # kernels that waste nothing on a GPU: tiles without survivors, rounded weights, one launch for each gradient
     78,  # block diagrams, and the pictures that come with the book
+    62,  # forest plots; rows of attention, and maps, beside their picture
 )
 LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 9000 + sum(ADDED), 400, 80
 # A kernel is one function by its nature: what it keeps on the chip cannot be handed to another.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 
 import numpy as np
@@ -12,7 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from svit_utils import show
+from svit_utils.referee import Interval
 from svit_utils.show.pictures import colour_map, normalised
+from svit_utils.show.style import COLOURS
 
 MASKS = torch.zeros(2, 32, 48, dtype=torch.bool)
 MASKS[:, 8:20, 10:30] = True
@@ -48,11 +51,25 @@ OURS = pd.DataFrame({"epoch": [1, 2], "accuracy": [70.0, 80.0], "series": ["tiny
 CURVE = pd.DataFrame({"step": [0, 10, 20], "loss": [2.0, 1.0, 0.5], "accuracy": [np.nan, 0.5, np.nan]})
 
 
+INTERVALS = {"seed 0": Interval(-0.05, -0.08, -0.02, 3), "pooled": Interval(-0.05, -0.12, 0.02, 3)}
+
+
 def figures() -> dict[str, Figure]:
     torch.manual_seed(0)
     return {
         "grid": show.explanation_grid(
             torch.rand(2, 3, 32, 48), {"rollout": torch.rand(2, 4, 6)}, labels=["a", "b"], masks=MASKS
+        ),
+        "grid beside": show.explanation_grid(
+            torch.rand(2, 3, 32, 48),
+            {"rollout": torch.rand(2, 4, 6), "painted": torch.rand(2, 3, 32, 48)},
+            masks=MASKS,
+            beside=True,
+        ),
+        "rows": show.attention_rows(
+            torch.rand(3, 32, 48),
+            {"dense": torch.rand(3, 4, 6), "drawn": torch.rand(3, 4, 6).round(), "sparse": torch.zeros(3, 4, 6)},
+            mask=MASKS[0],
         ),
         "beside": show.dense_beside_sparse(torch.rand(3, 32, 48), torch.rand(3, 4, 6), torch.rand(3, 4, 6).round()),
         "heatmaps": show.sparsity_heatmaps(tracker_table()),
@@ -60,6 +77,7 @@ def figures() -> dict[str, Figure]:
         "card": show.card_comparison(),
         "card_ours": show.card_comparison(OURS),
         "curves": show.training_curves({"dense": CURVE}),
+        "forest": show.forest(INTERVALS, xlabel="sparse minus dense (points)"),
     }
 
 
@@ -71,7 +89,7 @@ def test_every_figure_has_a_text_labels_and_an_opaque_light_background():
             corner = png.convert("RGBA").getpixel((0, 0))
         assert corner[3] == 255 and min(corner[:3]) > 240, name
         for axes in figure.axes:
-            if len(axes.get_xticks()) and not axes.images and name not in ("grid", "beside"):
+            if len(axes.get_xticks()) and not axes.images and name not in ("grid", "grid beside", "rows", "beside"):
                 assert axes.get_xlabel() or axes.get_ylabel(), name
 
 
@@ -106,6 +124,45 @@ def test_points_are_in_per_cent_with_their_intervals():
     np.testing.assert_allclose(bars.get_paths()[1].vertices[:, 1], [60, 75])
 
 
+def test_rows_of_attention_share_one_colour_scale():
+    dense, sparse = torch.full((2, 4, 6), 0.01), torch.zeros(2, 4, 6)
+    sparse[:, 1, 2] = 0.9
+    figure = show.attention_rows(torch.rand(3, 32, 48), {"dense": dense, "sparse": sparse}, mask=MASKS[0])
+    maps = [axes.images[0] for axes in figure.axes if axes.images and axes.images[0].get_array().shape == (4, 6)]
+    assert len(maps) == 4 and len({(m.norm.vmin, m.norm.vmax) for m in maps}) == 1
+    assert maps[0].norm.vmax == pytest.approx(0.9)
+    assert "dense 0%, sparse 96%" in show.alt_of(figure)
+    crosses = [axes.collections[0].get_offsets() for axes in figure.axes[4:6]]  # head 0 of the sparse row
+    assert max(map(len, crosses)) == 23
+    for rows in ({}, {"dense": dense, "sparse": sparse[0]}, {"dense": dense[0], "sparse": sparse[0]}):
+        with pytest.raises(ValueError, match=r"must be \[heads, h, w\] of one shape"):
+            show.attention_rows(torch.rand(3, 32, 48), rows)
+
+
+def test_maps_beside_the_picture_show_nothing_of_it():
+    """On a black and on a white picture the map beside it is the same; laid over it, it is not."""
+    heat = {"rollout": torch.rand(1, 4, 6)}
+    drawn = {
+        (beside, shade): show.explanation_grid(torch.full((1, 3, 32, 48), shade), heat, beside=beside).axes[1].images[0]
+        for beside in (True, False)
+        for shade in (0.0, 1.0)
+    }
+    arrays = {key: np.asarray(image.get_array()) for key, image in drawn.items()}
+    assert np.array_equal(arrays[True, 0.0], arrays[True, 1.0]) and arrays[True, 0.0].shape == (4, 6)
+    assert not np.array_equal(arrays[False, 0.0], arrays[False, 1.0])
+
+
+def test_forest_marks_the_intervals_that_exclude_zero():
+    figure = show.forest(INTERVALS, xlabel="difference (points)")
+    bars = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 2]
+    np.testing.assert_allclose([bar.get_xdata() for bar in bars], [[-8, -2], [-12, 2]])
+    assert [bar.get_color() for bar in bars] == [COLOURS["vermilion"], COLOURS["blue"]]
+    assert "seed 0 -5.0 [-8.0, -2.0]; pooled -5.0 [-12.0, +2.0]" in show.alt_of(figure)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(INTERVALS)
+    with pytest.raises(ValueError, match="at least one interval"):
+        show.forest({}, xlabel="difference")
+
+
 def test_overlay_colours_follow_the_map():
     heat = torch.zeros(2, 2)
     heat[0, 1] = 3.0
@@ -130,7 +187,10 @@ def test_display_is_one_png_with_its_text(monkeypatch):
     show.figure_with_alt(show.card_comparison(), 'two "dotted" curves')
     (data, kwargs), (hidden, _) = sent
     assert set(data) == {"image/png", "text/plain"}
-    assert kwargs["metadata"]["image/png"]["alt"] == 'two "dotted" curves'
+    about = kwargs["metadata"]["image/png"]
+    assert about["alt"] == 'two "dotted" curves'
+    with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as png:
+        assert png.width == 2 * about["width"] == 1280  # sharp on screens with two pixels for one
     assert "two &quot;dotted&quot; curves" in hidden["text/html"]
     with pytest.raises(ValueError, match="needs a text"):
         show.figure_with_alt(Figure())
