@@ -89,3 +89,19 @@ def test_sparsemax_and_entmax() -> None:
         on_support = slack(p).masked_fill(p == 0, torch.inf).amin(-1, keepdim=True)
         torch.testing.assert_close(theta, on_support, atol=1e-8, rtol=0)
         assert ((slack(p) <= theta + 1e-8) | (p > 0)).all()
+
+
+def test_the_relatives_known_properties() -> None:
+    sparsemax = extract_function(CHAPTER, "sparsemax", {"torch": torch})
+    entmax = extract_function(CHAPTER, "entmax", {"torch": torch})
+    rng = torch.Generator().manual_seed(6)
+    s = 2 * torch.randn(200, 30, generator=rng, dtype=torch.float64)
+    for function in (sparsemax, entmax):
+        torch.testing.assert_close(function(s + 7), function(s), atol=1e-9, rtol=0)
+    torch.testing.assert_close(entmax(s, 2.0), sparsemax(s), atol=1e-9, rtol=0)
+    torch.testing.assert_close(entmax(s, 1.0001), s.softmax(-1), atol=1e-3, rtol=0)
+    others = torch.rand(500, 30, generator=rng, dtype=torch.float64).pow(6)
+    others = others / others.sum(-1, keepdim=True)  # points of the simplex: sparsemax is nearer than each of them
+    assert ((sparsemax(s) - s).norm(dim=-1, keepdim=True) <= torch.cdist(s, others) + 1e-12).all()
+    sizes = [float((entmax(s, alpha) > 0).double().sum(-1).mean()) for alpha in (1.25, 1.5, 2.0)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * sizes[-1]  # a larger alpha is sparser
