@@ -193,7 +193,14 @@ def test_sinks_of_a_public_model() -> None:
 
 
 @pytest.fixture
-def recorded(tmp_path: Path) -> Any:
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    from research.second import tables as module
+
+    monkeypatch.setattr(module, "RESAMPLES", 400)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, few_resamples: None) -> Any:
     """The study with made-up records of dense, three lower tau, and one kind at two budgets."""
     study = replace(STUDY, out=tmp_path / "second")
     generator = np.random.default_rng(0)
@@ -353,7 +360,7 @@ def test_the_confirmation_needs_a_choice(tmp_path: Path) -> None:
     assert plan.chosen_setting(tmp_path) == "a"
 
 
-def test_the_confirmation_is_judged_by_the_margin_and_both_controls(tmp_path: Path) -> None:
+def test_the_confirmation_is_judged_by_the_margin_and_both_controls(tmp_path: Path, few_resamples: None) -> None:
     setting = "tau0.005"
     study = Study("confirmed", plan.confirmation(setting), tmp_path / "confirmed")
     generator, bits, rows, truth = np.random.default_rng(3), [], [], {}
