@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import quote
 
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
@@ -22,14 +23,14 @@ def owner_name(url: str) -> str | None:
     return url if re.fullmatch(r"[\w.-]+/[\w.-]+", url) else None
 
 
-def colab(repository: str, path: str) -> str:
+def colab(repository: str, path: str, branch: str = "main") -> str:
     """The address that opens a notebook of ``owner/name`` in Colab."""
-    return f"https://colab.research.google.com/github/{repository}/blob/main/{path}"
+    return f"https://colab.research.google.com/github/{repository}/blob/{branch}/{path}"
 
 
-def binder(repository: str, path: str) -> str:
+def binder(repository: str, path: str, branch: str = "main") -> str:
     """The address that opens a notebook of ``owner/name`` on Binder."""
-    return f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/{path}"
+    return f"https://mybinder.org/v2/gh/{repository}/{quote(branch, safe='')}?urlpath=lab/tree/{path}"
 
 
 _SETUP = """\

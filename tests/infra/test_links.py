@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from svit_course import stamp
@@ -52,26 +55,102 @@ def notebook():
     return new_notebook(cells=[new_markdown_cell("# Title"), new_code_cell("1 + 1")])
 
 
+HERE = links.Place("a/b", "trunk", "c0ffee")
+
+
 def test_stamping_is_idempotent_and_follows_the_setting() -> None:
     page, path = notebook(), Path("01_x.ipynb")
-    assert links.stamp_notebook(page, path, "a/b")
-    assert not links.stamp_notebook(page, path, "a/b")
+    assert links.stamp_notebook(page, path, HERE)
+    assert not links.stamp_notebook(page, path, HERE)
     assert page.cells[0].get("id") == stamp.LINKS_ID
     assert [cell.cell_type for cell in page.cells] == ["markdown", "markdown", "code", "code"]
-    assert "colab.research.google.com/github/a/b/blob/main/notebooks/01_x.ipynb" in page.cells[0].source
+    assert "colab.research.google.com/github/a/b/blob/trunk/notebooks/01_x.ipynb" in page.cells[0].source
+    assert '"selectivevit @ git+https://github.com/a/b@c0ffee"' in page.cells[2].source
     assert links.stamp_notebook(page, path, None)
     assert "http" not in page.cells[0].source  # no dead link
     assert [cell.source for cell in page.cells[1::2]] == ["# Title", "1 + 1"]
 
 
-def test_readme_without_a_setting_has_no_link() -> None:
+def test_readme_without_a_setting_says_how_to_open_a_notebook() -> None:
     text = f"before\n{links.BEGIN}\nold\n{links.END}\nafter"
     bare = links.stamp_readme(text, None, [Path("01_x.ipynb")])
-    assert bare == f"before\n{links.BEGIN}\n{links.END}\nafter"
-    assert links.stamp_readme(bare, "a/b", [Path("01_x.ipynb")]).count("github/a/b") == 1
+    assert bare == f"before\n{links.BEGIN}\n{links.NOT_YET}{links.END}\nafter"
+    assert "http" not in bare and "Upload notebook" in bare
+    assert links.stamp_readme(bare, HERE, [Path("01_x.ipynb")]).count("github/a/b") == 1
 
 
-REPOSITORY = "selectivevit @ git+https://github.com/owner/name"
+def test_a_branch_with_a_slash_is_one_part_of_binders_address() -> None:
+    assert "/gh/a/b/feature%2Fx?" in stamp.binder("a/b", "notebooks/x.ipynb", "feature/x")
+
+
+WORKFLOW = yaml.safe_load((links.notebooks.ROOT / ".github" / "workflows" / "links.yml").read_text(encoding="utf-8"))
+
+
+def git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def on_github(tmp_path: Path) -> Path:
+    """A clone as `actions/checkout` leaves it, of this working tree, with a bare repository as its origin."""
+    tree, origin, clone = tmp_path / "tree", tmp_path / "origin.git", tmp_path / "clone"
+    names = git(links.notebooks.ROOT, "ls-files", "-z").split("\0")
+    for name in filter(None, names):
+        if (links.notebooks.ROOT / name).is_file() and not name.startswith(("results/", "data/")):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(links.notebooks.ROOT / name, tree / name)
+    git(tmp_path, "init", "-q", "-b", "main", "tree")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    git(tree, "add", "--all")
+    git(tree, *identity, "commit", "-q", "-m", "All of it")
+    git(tmp_path, "clone", "-q", "--bare", "tree", "origin.git")
+    git(tmp_path, "clone", "-q", str(origin), "clone")
+    return clone
+
+
+def run_workflow(clone: Path, repository: str) -> None:
+    """What the job does after its packages are there, in the environment that GitHub provides."""
+    (job,) = WORKFLOW["jobs"].values()
+    steps = {step.get("name"): step["run"] for step in job["steps"] if "run" in step}
+    own = Path(sys.executable).parent
+    environment = os.environ | {
+        "GITHUB_REPOSITORY": repository,
+        "BRANCH": "main",
+        "PATH": f"{own}:{os.environ['PATH']}",
+    }
+    environment.pop("PYTHONPATH", None)
+    for name in ("Stamp", "Commit"):
+        subprocess.run(["bash", "-e", "-c", steps[name]], cwd=clone, env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the workflow runs on Linux")
+@pytest.mark.skipif(not (links.notebooks.ROOT / ".git").exists(), reason="not a git checkout")
+def test_the_workflow_stamps_the_repository_it_runs_in_once_and_then_does_nothing(on_github: Path) -> None:
+    package = git(on_github, "log", "-1", "--format=%H", "--", "svit_utils")
+    for repository in ("owner/own", "someone/fork"):  # the fork starts from what its origin was stamped for
+        run_workflow(on_github, repository)
+        assert git(on_github, "log", "-1", "--format=%s") == f"Links for {repository}"
+        assert git(on_github, "rev-parse", "HEAD") == git(on_github, "rev-parse", "origin/main")
+        assert links.stamped(on_github) == links.Place(repository, "main", package)
+        readme = (on_github / "README.md").read_text(encoding="utf-8")
+        chapters = sorted((on_github / "notebooks").glob("*.ipynb"))
+        assert readme.count(f"/github/{repository}/blob/main/") == len(chapters)
+        for path in chapters:
+            text = path.read_text(encoding="utf-8")
+            assert f"colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name}" in text
+            assert f"git+https://github.com/{repository}@{package}" in text
+        before = git(on_github, "rev-parse", "HEAD")
+        run_workflow(on_github, repository)
+        assert git(on_github, "rev-parse", "HEAD") == before, "a second run commits nothing"
+        check = [sys.executable, "-m", "tools.links", "--check"]
+        done = subprocess.run(check, cwd=on_github, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    run_workflow(on_github, "")  # no address: no link
+    assert links.stamped(on_github) is None
+
+
+REPOSITORY = links.Place("owner/name", commit="c0ffee").package
 
 
 @pytest.mark.parametrize("package", [None, REPOSITORY])
