@@ -88,9 +88,17 @@ def check_images(x: Any) -> None:
 
 
 def in_precision_of(model: nn.Module, x: Tensor) -> Tensor:
-    """The images in the dtype of what they meet first: the patch embedding, where there is one."""
+    """The images in the dtype of what they meet first: the patch embedding, where there is one.
+
+    Raises ValueError where that is on another device.
+    """
     first: Any = getattr(model, "patch_embed", model)
-    return x.to(next((p.dtype for p in first.parameters() if p.is_floating_point()), x.dtype))
+    met = next((parameter for parameter in first.parameters() if parameter.is_floating_point()), x)
+    if met.device != x.device and met.device.type != "meta":  # weights that are brought when they are needed
+        raise ValueError(
+            f"the images are on {x.device}, but the model is on {met.device}: use images.to({met.device.type!r})"
+        )
+    return x.to(met.dtype)
 
 
 def at_least_single(x: Tensor) -> Tensor:

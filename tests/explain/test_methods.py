@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from svit_utils.explain import METHODS, explain_batch
+from svit_utils.models import load_embedded
 
 
 def test_every_method_gives_a_map_per_image(family, images):
@@ -20,3 +21,11 @@ def test_every_method_gives_a_map_per_image(family, images):
     torch.testing.assert_close(maps["attention"], maps["attention_heads"].mean(1))
     with pytest.raises(ValueError, match="unknown method 'lime': allowed are attention"):
         explain_batch(family("vit"), images, methods=["lime"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_on_another_device_than_the_model(method: str) -> None:
+    """PyTorch says "Expected all tensors to be on the same device" from somewhere inside."""
+    model = load_embedded("planted_dense_start")
+    with pytest.raises(ValueError, match=r"the images are on meta, but the model is on cpu: use images.to\('cpu'\)"):
+        explain_batch(model, torch.zeros(2, 3, 56, 56, device="meta"), [method])
