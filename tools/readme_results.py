@@ -19,6 +19,7 @@ from research.markdown import (
     study_table,
     vit56_table,
 )
+from research.second.markdown import second_sentence, second_table
 from svit_utils.files import read_rows
 from svit_utils.paths import results_dir
 
@@ -51,6 +52,9 @@ def block(folder: Path) -> str:
     given = budget(row for row in read_rows(folder / "study.csv") if row["size"] == "full") or "not run"
     parts.append(f"**The referee: do the maps lie more on the object?** (PlantedShapes, N = 197, rho = 0, {given})\n")
     parts.extend(["\n".join(lines) + "\n", study_sentence(folder) + "\n"] if lines else ["Not run yet.\n"])
+    if lines := second_table(folder):
+        parts.append("**The second study: does the gap close, and what costs least?** (PlantedShapes, N = 197)\n")
+        parts += ["\n".join(lines) + "\n", second_sentence(folder) + "\n"]
     tried = [row for row in read_rows(folder / "vit_base_smoke.csv") if row["size"] == "full"]
     smoke = (
         f", and only tried at smoke size: {tried[0]['steps']} steps from random weights run to their end"
