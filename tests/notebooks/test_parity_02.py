@@ -84,7 +84,15 @@ def test_half_precision_cuts_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close((out, weights), expected)
 
 
-@pytest.mark.parametrize("settings", [{}, {"qkv_bias": True, "qk_norm": True, "norm_layer": torch.nn.LayerNorm}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"qkv_bias": True, "qk_norm": True, "norm_layer": torch.nn.LayerNorm},
+        {"scale_norm": True, "norm_layer": torch.nn.LayerNorm},
+        {"attn_drop": 0.4},
+    ],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_module(settings: dict[str, Any], mode: str) -> None:
     module = taught("SparseAttention", *HELPERS, "thresholded_attention")
@@ -98,6 +106,7 @@ def test_module(settings: dict[str, Any], mode: str) -> None:
     results = []
     for one in (ours, theirs):
         x = draw(2, 12, 24, seed=2).float().requires_grad_()
+        torch.manual_seed(3)  # for dropout
         out = one(x, attn_mask=allowed)
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [x, *one.parameters()])])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
