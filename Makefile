@@ -10,6 +10,7 @@ REPO   ?=
 
 export UV_HTTP_TIMEOUT ?= 300
 export PYTHONNOUSERSITE := 1
+export PYTHONUTF8 ?= 1
 # uv's --torch-backend, for example `make walkthrough TORCH=cpu` on Linux without an NVIDIA GPU (a far smaller download)
 TORCH  ?=
 

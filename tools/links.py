@@ -46,7 +46,9 @@ def from_pyproject(root: Path = notebooks.ROOT) -> str | None:
 
 def from_git(root: Path = notebooks.ROOT) -> str | None:
     """``owner/name`` of the git remote ``origin``; None where that is not on GitHub."""
-    done = subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, encoding="utf-8", check=False
+    )
     address = done.stdout.strip()
     return stamp.owner_name(address) if stamp.GITHUB.search(address) else None
 
@@ -54,7 +56,7 @@ def from_git(root: Path = notebooks.ROOT) -> str | None:
 def last_change(root: Path = notebooks.ROOT) -> str | None:
     """The commit that last changed the package, which the notebooks install on Colab; None outside of git."""
     command = ["git", "log", "-1", "--format=%H", "--", *PACKAGE]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 

@@ -234,7 +234,9 @@ def provenance() -> dict[str, Any]:
     """The columns that say where a measurement comes from."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=notebooks.ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=notebooks.ROOT, capture_output=True, encoding="utf-8", check=False
+        )
         return done.stdout.strip()
 
     return {
