@@ -240,17 +240,22 @@ def _pieces(cell: Any) -> Iterator[str]:
             yield code
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Build the course; the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    whole = argparse.ArgumentParser(
         prog="python -m svit_course build", description="Build the course: student version, solutions, grading, guide."
     )
-    parser.add_argument("--out", type=Path, default=OUT, help="default: build/course")
-    parser.add_argument("--repository", help="owner/name that student/ will be pushed to, for its links")
-    options = parser.parse_args(argv)
+    whole.add_argument("--out", type=Path, default=OUT, help="default: build/course")
+    whole.add_argument("--repository", help="owner/name that student/ will be pushed to, for its links")
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the course; the exit status."""
+    options = parser().parse_args(argv)
     repository = stamp.owner_name(options.repository) if options.repository else None
     if options.repository and not repository:
-        parser.error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
+        parser().error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
     try:
         out = build(options.out, repository)
     except RuntimeError as error:
