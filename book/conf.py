@@ -36,7 +36,7 @@ bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "unsrtalpha"
 copybutton_selector = "div.cell_input pre, div.highlight-console pre, div.highlight-python pre"
 
-autodoc_typehints, python_use_unqualified_type_names, python_maximum_signature_line_length = "signature", True, 88
+autodoc_typehints, python_use_unqualified_type_names = "signature", True
 autodoc_member_order = "groupwise"
 autodoc_preserve_defaults = True
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
@@ -62,7 +62,6 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_toc_level": 2,
-    "collapse_navbar": True,  # its handles have no words for a screen reader
     "home_page_in_toc": True,
     "navbar_persistent": [],  # the search stands in the sidebar
 }
@@ -89,6 +88,13 @@ def literal_blocks(app, what, name, obj, options, lines: list[str]) -> None:
             lines[number:number] = ["::", ""]
 
 
+def without_list_roles(app, pagename, templatename, context: dict, doctree) -> None:
+    """docutils calls the references a list, but none of its children a list's item: screen readers stumble."""
+    for role in (' role="list"', ' role="doc-biblioentry"'):
+        context["body"] = context.get("body", "").replace(role, "")
+
+
 def setup(app) -> None:
-    """Before napoleon, which reads the docstrings at priority 500."""
+    """The first before napoleon, which reads the docstrings at priority 500."""
     app.connect("autodoc-process-docstring", literal_blocks, priority=400)
+    app.connect("html-page-context", without_list_roles)
