@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svit_course import notebooks
+from svit_course import notebooks, stamp
 from tools import book_pages
 
 SITE = notebooks.ROOT / "build" / "site"
 PDF = notebooks.ROOT / "build" / "selectivevit.pdf"
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-MARGIN = dict.fromkeys(("top", "right", "bottom", "left"), "15mm")
 STRICT = ("-n", "-W", "--keep-going")
 
 
@@ -78,7 +77,7 @@ def print_pdf(page: Path, pdf: Path) -> None:
         sheet.goto(page.resolve().as_uri())
         sheet.evaluate("MathJax.startup.promise.then(() => {})")
         sheet.evaluate("document.querySelectorAll('details:not(.above-input)').forEach(each => each.open = true)")
-        sheet.pdf(path=pdf, format="A4", outline=True, tagged=True, margin=MARGIN)
+        sheet.pdf(path=pdf, format="A4", outline=True, tagged=True, margin={"top": "15mm", "bottom": "15mm"})
         browser.close()
 
 
@@ -89,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=SITE, help="default: build/site")
     parser.add_argument("--repository", help="owner/name, where pyproject.toml and the git remote do not say")
     options = parser.parse_args(argv)
+    named = stamp.owner_name(options.repository) if options.repository else None
+    if options.repository and not named:
+        parser.error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
     start, made = time.monotonic(), PDF if options.pdf else options.out
     try:
         if options.pdf:
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             build(sheet, builder="singlehtml")
             print_pdf(sheet / "index.html", PDF)
         else:
-            build(options.out, repository=options.repository)
+            build(options.out, repository=named)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
