@@ -7,6 +7,7 @@ import sys
 
 # Module to package. Never torch, torchvision or numpy: Colab's own fit its machine, and replacing them breaks it.
 NEEDED = {"timm": "timm", "captum": "captum", "pytorch_grad_cam": "grad-cam", "ttach": "ttach"}
+NEEDED |= {"anywidget": "anywidget", "psygnal": "psygnal"}
 
 
 def prepare() -> None:

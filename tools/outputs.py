@@ -23,6 +23,13 @@ def text_of(cell: Any) -> str:
     return "".join(parts).strip()
 
 
+def drop_widgets(cell: Any) -> None:
+    """Leave out the widget where the output holds a page of it, too: without a kernel a widget's view is an error."""
+    for output in cell.get("outputs", []):
+        if "text/html" in output.get("data", {}):
+            output.data.pop(WIDGET, None)
+
+
 def headline(notebook: Any) -> str:
     """The text of the cell tagged ``headline``, on one line; empty without one."""
     for cell in code_cells(notebook):

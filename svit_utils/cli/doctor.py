@@ -21,7 +21,7 @@ from svit_utils import paths
 _DISTRIBUTIONS = {"pytorch_grad_cam": "grad-cam", "PIL": "pillow"}
 _LIBRARIES = "torch torchvision timm numpy scipy pandas statsmodels safetensors accelerate captum pytorch_grad_cam"
 NEEDED = {name: _DISTRIBUTIONS.get(name, name) for name in f"{_LIBRARIES} matplotlib PIL psutil tqdm".split()}
-FOR_NOTEBOOKS = {"ipywidgets": "ipywidgets", "jupyterlab": "jupyterlab", "nbval": "nbval"}
+FOR_NOTEBOOKS = {"ipywidgets": "ipywidgets", "anywidget": "anywidget", "jupyterlab": "jupyterlab", "nbval": "nbval"}
 
 # What an import says when torch and torchvision come from different builds or releases.
 MISMATCH_SIGNS: tuple[str, ...] = ("torchvision::nms", "Couldn't load custom C++ ops", "undefined symbol")
@@ -73,7 +73,7 @@ def try_imports(packages: Mapping[str, str], timeout: float = 300.0) -> list[Imp
     while left:
         command = [sys.executable, "-c", _PROBE, *left]
         try:
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=timeout, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
             output, fate = done.stdout, f"the import ended the interpreter (exit status {done.returncode})"
         except subprocess.TimeoutExpired as expired:
             raw = expired.stdout or b""

@@ -50,7 +50,7 @@ class ThresholdData:
 
     def survivors(self, token: int, layer: int, head: int, tau: float) -> Survivors:
         """The row of the query `token` cut at `tau`; ValueError for an index out of range, or tau outside [0, 1)."""
-        _check_indices(self.probabilities.shape, layer=layer, head=head, token=token)
+        check_indices(self.probabilities.shape, layer=layer, head=head, token=token)
         check_tau(tau)
         p = self.probabilities[layer, head, token]
         kept = p > tau
@@ -71,11 +71,11 @@ class AttentionData:
 
     def rows(self, image: int, layer: int, head: int, token: int) -> tuple[np.ndarray, np.ndarray]:
         """The weights [N] of one query, dense and sparse; ValueError for an index out of range."""
-        _check_indices(self.dense.shape, image=image, layer=layer, head=head, token=token)
+        check_indices(self.dense.shape, image=image, layer=layer, head=head, token=token)
         return self.dense[image, layer, head, token], self.sparse[image, layer, head, token]
 
 
-def _check_indices(shape: tuple[int, ...], **indices: int) -> None:
+def check_indices(shape: tuple[int, ...], **indices: int) -> None:
     """ValueError unless each index lies in its axis, from the first one on."""
     for size, (name, value) in zip(shape, indices.items()):
         if not 0 <= value < size:
@@ -87,7 +87,7 @@ def _stack(maps: dict[str, Tensor]) -> np.ndarray:
     return torch.stack(list(maps.values()), dim=1).float().cpu().numpy()
 
 
-def _dense_maps(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], TokenGrid]:
+def dense_maps(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], TokenGrid]:
     """The maps of one forward pass with dense attention; a sparse model's thresholds are set to 0 for it."""
     with sparsified(model, 0.0) if sparse_modules(model) else nullcontext():
         return maps_on_grid(model, batch)
@@ -101,7 +101,7 @@ def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None
     """
     if image.ndim != 3:
         raise ValueError(f"the explorer takes one image [3, H, W], got shape {tuple(image.shape)}")
-    maps, grid = _dense_maps(model, image[None])
+    maps, grid = dense_maps(model, image[None])
     return ThresholdData(to_rgb(image if display is None else display), _stack(maps)[0], list(maps), grid)
 
 
@@ -113,7 +113,7 @@ def attention_explorer_data(
 
     Without a `sparse_model`, `model` itself is made sparse for one pass: `sparsify(model, **as_sparsify)`.
     """
-    dense, grid = _dense_maps(model, images)
+    dense, grid = dense_maps(model, images)
     with sparsified(model, **as_sparsify) if sparse_model is None else nullcontext():
         sparse, _ = maps_on_grid(model if sparse_model is None else sparse_model, images)
     shown = [to_rgb(image) for image in (images if display is None else display)]

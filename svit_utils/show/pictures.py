@@ -5,12 +5,29 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from svit_utils.show.style import CMAP
 
 #: "cat" is a photograph by Stéfan van der Walt (CC0), "fox" was drawn for this book.
 EXAMPLES = {"cat": "cat.jpg", "fox": "fox.png"}
+
+#: Where the fox ends, as corners (x, y) of a polygon in pixels. The cat fills its picture.
+_FOX: list[tuple[int, int]] = [
+    *((58, 31), (91, 60), (113, 58), (129, 60), (163, 31), (160, 76), (169, 88), (170, 103), (160, 119), (143, 139)),
+    *((154, 152), (163, 171), (180, 163), (194, 147), (201, 140), (208, 143), (212, 153), (210, 163), (204, 176)),
+    *((190, 187), (171, 197), (172, 206), (160, 213), (139, 217), (100, 217), (76, 213), (65, 203), (66, 185)),
+    *((71, 162), (77, 149), (84, 142), (62, 121), (50, 103), (52, 90), (61, 75)),
+]
+
+
+def example_mask(name: str = "fox") -> np.ndarray:
+    """The object of an example picture, bool [224, 224]; ValueError for one whose object has no outline in it."""
+    if name != "fox":
+        raise ValueError(f"the example picture 'fox' has an outline, got {name!r}")
+    mask = Image.new("1", (224, 224))
+    ImageDraw.Draw(mask).polygon(_FOX, fill=1)
+    return np.asarray(mask)
 
 
 def example_picture(name: str = "cat") -> Image.Image:

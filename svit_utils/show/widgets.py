@@ -1,4 +1,4 @@
-"""Two ipywidgets over the functions in `explorers`: sliders in, a PNG and a caption out."""
+"""The explorer as a widget, and a smaller one of sliders over `explorers.attention_picture`."""
 
 from collections.abc import Callable
 from html import escape
@@ -8,11 +8,15 @@ from PIL import Image
 
 from svit_utils.show import explorers
 from svit_utils.show.display import image_png
+from svit_utils.show.explorer import SCRIPT, ExplorerData, explorer_html
 
 try:
     import ipywidgets as widgets
+    import traitlets
+    from anywidget import AnyWidget
 except ImportError as error:
-    raise ImportError("the explorers need the package ipywidgets: pip install ipywidgets") from error
+    name = error.name or "anywidget"
+    raise ImportError(f"the explorers need the package {name}: pip install {name}") from error
 
 _LOOK = {"layout": {"width": "520px"}, "style": {"description_width": "70px"}}
 
@@ -44,21 +48,41 @@ def _explorer(
     return box
 
 
-def ThresholdExplorer(data: explorers.ThresholdData, *, tau: float = 0.01) -> widgets.VBox:
-    """Any token's survivors at any tau, which starts at `tau`.
-
-    CSS classes: `svit-threshold-explorer`, with `-image`, `-caption`, `-tau`, `-layer`, `-head`, `-token` on its parts.
-    """
-    scale = {"base": 10, "min": -4, "max": -0.3, "step": 0.02, "readout_format": ".4f"}
-    slider = widgets.FloatLogSlider(value=tau, description="τ", **scale, **_LOOK)
-    controls = {"tau": slider, **_sliders(data.probabilities.shape, "layer", "head", "token")}
-    return _explorer("svit-threshold-explorer", controls, data, explorers.threshold_picture, explorers.threshold_lines)
-
-
 def AttentionExplorer(data: explorers.AttentionData) -> widgets.VBox:
     """Dense beside sparse attention.
 
-    CSS classes: `svit-attention-explorer`, with the parts of `ThresholdExplorer`, but `-sample` in place of `-tau`.
+    CSS classes: `svit-attention-explorer`, and on its parts that with `-image`, `-caption`, `-sample`, `-layer`,
+    `-head` or `-token`.
     """
     controls = _sliders(data.dense.shape, "image", "layer", "head", "token")
     return _explorer("svit-attention-explorer", controls, data, explorers.attention_picture, explorers.attention_lines)
+
+
+class Explorer(AnyWidget):
+    """The explorer of `data`: dense attention, the same drawn cut, and that of the model that is cut in every layer.
+
+    The browser computes everything, so it goes on without a kernel. What is stored with the notebook is the static
+    page's form of it, `svit_utils.show.explorer.explorer_html`. Where it stands is told by its traits, which can be
+    set too: `picture`, `layer`, `head`, `token`, `tau` (moves to the nearest stop of the slider) and `empty_rows`.
+    """
+
+    _esm = SCRIPT
+    header = traitlets.Dict().tag(sync=True)
+    rows = traitlets.Bytes().tag(sync=True)
+    picture = traitlets.Int(min=0).tag(sync=True)
+    layer = traitlets.Int(min=0).tag(sync=True)
+    head = traitlets.Int(min=0).tag(sync=True)
+    token = traitlets.Int(min=0).tag(sync=True)
+    tau = traitlets.Float(min=0).tag(sync=True)
+    empty_rows = traitlets.Enum(("dense", "zero", "top1", "cap")).tag(sync=True)
+
+    def __init__(self, data: ExplorerData, **start: Any) -> None:
+        """Show `data`, from where `start` says: see `ExplorerData.packed`, which raises ValueError."""
+        header, rows = data.packed(**start)
+        super().__init__(header=header, rows=rows, **header["start"])
+        self._page = explorer_html(header, rows)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and for readers without a kernel the page."""
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        return {**data, "text/html": self._page, "text/plain": "[The explorer]"}, metadata

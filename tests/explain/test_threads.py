@@ -31,6 +31,7 @@ from svit_utils.referee import (
     weight_randomisation,
 )
 from svit_utils.referee.nulls import queries_and_keys
+from svit_utils.show.explorer import explorer_data
 from svit_utils.show.explorers import attention_explorer_data, threshold_explorer_data
 from svit_utils.training import TrainConfig, evaluate, train
 from svit_utils.training.evaluation import warn_of_empty_rows
@@ -143,6 +144,7 @@ SEEN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "weight_randomisation": lambda m, x: weight_randomisation(m, x, grad_cam).correlation,
     "queries_and_keys": queries_and_keys,
     "threshold_explorer_data": lambda m, x: threshold_explorer_data(m, x[0]).probabilities,
+    "explorer_data": lambda m, x: explorer_data(m, x, threshold=0.03).sparse,
     "attention_explorer_data": lambda m, x: attention_explorer_data(m, x, threshold=0.03).sparse,
 }
 SPARSE = {
