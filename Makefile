@@ -10,6 +10,7 @@ REPO   ?=
 
 export UV_HTTP_TIMEOUT ?= 300
 export PYTHONNOUSERSITE := 1
+export PYTHONUTF8 ?= 1
 # uv's --torch-backend, for example `make walkthrough TORCH=cpu` on Linux without an NVIDIA GPU (a far smaller download)
 TORCH  ?=
 
@@ -41,8 +42,16 @@ $(STAMP): requirements.txt pyproject.toml $(shell find tools/jupyter/everyone -t
 	@touch $@
 
 .PHONY: walkthrough
-walkthrough: $(STAMP) ## run the chapters, write them to build/walkthrough/ as HTML, end with a table
+walkthrough: $(STAMP) ## run the chapters, print a table, write the book of that run to build/walkthrough/
 	$(PY) -m tools.walkthrough
+
+.PHONY: site
+site: $(STAMP) ## the book from the stored outputs: build/site/ (REPO=owner/name: launch buttons)
+	$(PY) -m tools.book $(if $(REPO),--repository $(REPO))
+
+.PHONY: pdf
+pdf: $(STAMP) ## the whole book as build/selectivevit.pdf (needs Chromium, or CHROMIUM=/path/to/it)
+	$(PY) -m tools.book --pdf
 
 .PHONY: lab
 lab: $(STAMP) ## open JupyterLab on chapter 1 (CHAPTER=03; ROOT=yes: although you are root; NBGRADER=yes: with its menus)
@@ -76,7 +85,7 @@ mutants: $(STAMP) ## every chapter must notice a broken operator
 	$(PY) -m tools.mutants --jobs $(JOBS)
 
 .PHONY: test-browser
-test-browser: $(STAMP) ## JupyterLab in headless Chromium (needs Chromium, or CHROMIUM=/path/to/it)
+test-browser: $(STAMP) ## JupyterLab and the book in headless Chromium (needs Chromium, or CHROMIUM=/path/to/it)
 	$(PY) -m pytest -q tests/browser -m browser
 
 .PHONY: stored

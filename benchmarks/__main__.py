@@ -21,23 +21,28 @@ SECTIONS = {
 }
 
 
-def main() -> None:
-    """Run the sections one after the other, each written as soon as it is complete."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    whole = argparse.ArgumentParser(
         prog="python -m benchmarks", description="What the cut costs. Nothing else should run."
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
+    whole.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
+    whole.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    whole.add_argument(
         "--threads", type=int, nargs="+", help="CPU threads: first alone, last for whole models (1 and all)"
     )
-    parser.add_argument("--tau", type=float, default=0.01)
-    parser.add_argument("--seconds", type=float, default=20.0, help="per group of things that are compared")
-    parser.add_argument(
+    whole.add_argument("--tau", type=float, default=0.01)
+    whole.add_argument("--seconds", type=float, default=20.0, help="per group of things that are compared")
+    whole.add_argument(
         "--quick", action="store_true", help="smallest sizes and few calls: that it runs, not what it takes"
     )
-    parser.add_argument("--out", type=Path, default=Path("results/bench"))
-    args = parser.parse_args()
+    whole.add_argument("--out", type=Path, default=Path("results/bench"))
+    return whole
+
+
+def main() -> None:
+    """Run the sections one after the other, each written as soon as it is complete."""
+    args = parser().parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     plan = Plan(
         device=args.device,
@@ -48,7 +53,7 @@ def main() -> None:
         quick=args.quick,
     )
     if plan.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here")
+        parser().error("--device cuda: PyTorch sees no GPU here")
     folder = args.out if plan.device == "cpu" else args.out / "gpu"
     for name in args.only:
         print(f"== {name}", flush=True)

@@ -128,8 +128,8 @@ def _peak_kib(reset: bool = False) -> float:
     """The largest resident set so far, or since it was reset; getrusage's cannot be reset, and outlives exec."""
     try:
         if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return float("nan")
     return float(status.split("VmHWM:")[1].split()[0])

@@ -121,7 +121,7 @@ def nbgrader(folder: Path, *arguments: str, timeout: float = 600) -> str:
     command = [sys.executable, "-m", "nbgrader", *arguments]
     environment = {**os.environ, **home}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=timeout, check=False
     )
     if done.returncode:
         raise RuntimeError(f"nbgrader {' '.join(arguments)} fails:\n{(done.stderr + done.stdout)[-3000:]}")
@@ -136,7 +136,7 @@ def build_wheel(folder: Path) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    done = subprocess.run(command, cwd=notebooks.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=notebooks.ROOT, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"the wheel cannot be built:\n{done.stderr[-2000:]}")
     return next(folder.glob("selectivevit-*.whl")).name
@@ -166,7 +166,7 @@ def _student_files(student: Path, repository: str | None, wheel: str) -> None:
     (student / "environment.yml").write_text("\n".join([*kept, ""]), encoding="utf-8")
     # Binder runs this after the environment is made; a wheel named in environment.yml would not be there yet.
     script = student / "postBuild"
-    script.write_text(f"#!/bin/sh\nset -e\npython -m pip install --no-deps ./{wheel}\n", encoding="utf-8")
+    script.write_text(f"#!/bin/sh\nset -e\npython -m pip install --no-deps ./{wheel}\n", encoding="utf-8", newline="\n")
     script.chmod(0o755)
     colab = f"upload `{wheel}` and the notebook; its first cell installs what is missing."
     binder = (
@@ -240,17 +240,22 @@ def _pieces(cell: Any) -> Iterator[str]:
             yield code
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Build the course; the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    whole = argparse.ArgumentParser(
         prog="python -m svit_course build", description="Build the course: student version, solutions, grading, guide."
     )
-    parser.add_argument("--out", type=Path, default=OUT, help="default: build/course")
-    parser.add_argument("--repository", help="owner/name that student/ will be pushed to, for its links")
-    options = parser.parse_args(argv)
+    whole.add_argument("--out", type=Path, default=OUT, help="default: build/course")
+    whole.add_argument("--repository", help="owner/name that student/ will be pushed to, for its links")
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the course; the exit status."""
+    options = parser().parse_args(argv)
     repository = stamp.owner_name(options.repository) if options.repository else None
     if options.repository and not repository:
-        parser.error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
+        parser().error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
     try:
         out = build(options.out, repository)
     except RuntimeError as error:

@@ -46,8 +46,8 @@ class Question:
         name: ``"a1"``: assignment and number.
         answers: the names that the answer defines, in the order in which ``probe`` takes them.
         cases: those of the visible check. Each is plain data; its ``"what"`` describes it in a message.
-        probe: (case, *answers) -> what was seen: a dict of tensors, arrays, numbers, strings, or lists of them.
-        judge: (case, seen) -> None, or raises `Wrong`. Arrays come as NumPy arrays.
+        probe: ``(case, *answers)`` -> what was seen: a dict of tensors, arrays, numbers, strings, or lists of them.
+        judge: ``(case, seen)`` -> None, or raises `Wrong`. Arrays come as NumPy arrays.
         hints: a ladder: where to look, what to do, nearly how.
         section: where the book explains it, for example ``"chapter 1, section 2"``.
     """

@@ -6,8 +6,9 @@ other commands' libraries cannot be imported.
 
 import argparse
 import importlib
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import svit_utils
 
@@ -19,29 +20,31 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    parser = argparse.ArgumentParser(
+def parser(filled: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The commands, those named in ``filled`` with their options: only their modules are imported."""
+    whole = argparse.ArgumentParser(
         prog="python -m svit_utils",
         description="SelectiveViT: thresholded attention for timm Vision Transformers.",
         epilog="`python -m svit_utils COMMAND --help` says more about a command.",
     )
-    parser.add_argument("--version", action="version", version=f"svit_utils {svit_utils.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    module = None
+    whole.add_argument("--version", action="version", version=f"svit_utils {svit_utils.__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name == chosen and name != "doctor":
-            module = importlib.import_module(f"svit_utils.cli.{name}")
-            module.add_arguments(command)
-    options = parser.parse_args(arguments)
-    if module is None:
-        from svit_utils.cli import doctor
+        if name in filled and name != "doctor":
+            importlib.import_module(f"svit_utils.cli.{name}").add_arguments(command)
+    return whole
 
-        return doctor.run()
-    return int(module.run(options))
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file of Windows' may have no τ: then "?" and no end
+            stream.reconfigure(errors="replace")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser(arguments[:1]).parse_args(arguments)
+    module = importlib.import_module(f"svit_utils.cli.{options.command}")
+    return int(module.run() if options.command == "doctor" else module.run(options))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         usual = partial.stat().st_mode  # as the umask says; safetensors makes its files readable for the owner only
         yield partial
         partial.chmod(usual)
-        os.replace(partial, path)
+        _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _rename(partial: Path, path: Path) -> None:
+    """Rename, waiting a little where Windows refuses because a virus scanner or another reader has ``path`` open."""
+    for wait in (0.05, 0.1, 0.2, 0.4, 0.8, None):
+        try:
+            return os.replace(partial, path)
+        except PermissionError as error:
+            if wait is None:
+                reason = f"{error.strerror}: the folder is protected, or a program has the file open; close it there"
+                raise PermissionError(error.errno, reason, str(path)) from error
+            time.sleep(wait)
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:

@@ -113,7 +113,7 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
         path: the ``.safetensors`` file or the folder.
 
     Returns:
-        The model, in eval mode on the CPU, and its card: what was given to `save_trained`, with ``architecture``,
+        The model, in eval mode on the CPU, and its card. That is what `save_trained` was given, with ``architecture``,
         ``model_args``, ``num_classes``, ``label_names`` (or None), ``input_size``, ``mean``, ``std``,
         ``interpolation``, ``crop_pct``, ``crop_mode`` and ``attention`` (see `describe_sparsity`).
         A shipped checkpoint's card holds text only: data, steps, seed, accuracy.

@@ -67,5 +67,5 @@ def _git(*arguments: str) -> str:
     if root := repo_root():
         command = ["git", "-C", str(root), *arguments]
         with suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20, check=True).stdout.strip()
     return ""

@@ -46,15 +46,22 @@ def from_pyproject(root: Path = notebooks.ROOT) -> str | None:
 
 def from_git(root: Path = notebooks.ROOT) -> str | None:
     """``owner/name`` of the git remote ``origin``; None where that is not on GitHub."""
-    done = subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, encoding="utf-8", check=False
+    )
     address = done.stdout.strip()
     return stamp.owner_name(address) if stamp.GITHUB.search(address) else None
+
+
+def repository(named: str | None = None) -> str | None:
+    """``owner/name``: as named, else as pyproject.toml gives it, else the git remote; None without any of them."""
+    return named or from_pyproject() or from_git()
 
 
 def last_change(root: Path = notebooks.ROOT) -> str | None:
     """The commit that last changed the package, which the notebooks install on Colab; None outside of git."""
     command = ["git", "log", "-1", "--format=%H", "--", *PACKAGE]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
@@ -137,9 +144,9 @@ def main(argv: list[str] | None = None) -> int:
         if declared and (place is None or place.repository != declared):
             place = Place(declared)
     else:
-        repository = named or from_pyproject() or from_git()
-        place = Place(repository, options.branch, last_change()) if repository else None
-    repository = place.repository if place else None
+        home = repository(named)
+        place = Place(home, options.branch, last_change()) if home else None
+    home = place.repository if place else None
 
     paths, different = notebooks.chapters(), []
     readme = README.read_text(encoding="utf-8")
@@ -154,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
             if not options.check:
                 notebooks.write(notebook, path)
     if options.check and different:
-        print(f"The links for {repository or 'no repository'} differ in {', '.join(different)}: run `make links`.")
+        print(f"The links for {home or 'no repository'} differ in {', '.join(different)}: run `make links`.")
         return 1
-    print(f"repository: {repository or 'not set, no links'}; changed: {', '.join(different) or 'nothing'}")
+    print(f"repository: {home or 'not set, no links'}; changed: {', '.join(different) or 'nothing'}")
     return 0
 
 

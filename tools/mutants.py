@@ -50,7 +50,9 @@ def judge(chapter: Path, mutant: str) -> Verdict:
             environment["PYTHONPATH"] = os.pathsep.join([str(SITE), *old])
             environment |= {"SVIT_MUTANT": mutant, "SVIT_MUTANT_LOG": str(log)}
         command = [sys.executable, "-m", "pytest", "--nbval", "-q", "-x", "-p", "no:cacheprovider", str(chapter)]
-        done = subprocess.run(command, cwd=notebooks.ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=notebooks.ROOT, env=environment, capture_output=True, encoding="utf-8", check=False
+        )
         called = log.is_file()
     seconds = time.monotonic() - start
     cell = re.search(r"::Cell (\d+)", done.stdout[done.stdout.rfind("short test summary") :])

@@ -24,7 +24,7 @@ def main() -> int:
     command += ["--fork-strategy", "requires-python", "--no-header", "--no-annotate", "--quiet"]
     # What pyproject.toml gives as ranges, narrowed where the pair has to match.
     command += ["--extra", "dev", *sys.argv[1:], "pyproject.toml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return done.returncode

@@ -3,8 +3,7 @@
 Each chapter is executed in a fresh kernel at profile ``cpu`` while its minutes and the peak resident memory of its
 kernel (child processes included) are measured. The results are
 
-- ``build/walkthrough/``: the executed chapters as HTML with an index page. The pages fetch nothing: MathJax lies
-  beside them, pictures are inside them, and widgets are shown by their static twins;
+- ``build/walkthrough/``: the book (tools/book.py) with the chapters of this run, and a page about the run;
 - ``build/walkthrough/summary.json`` and ``results/walkthrough.csv``: the measurements;
 - a table: chapter, minutes, peak memory, headline (what the cell tagged ``headline`` prints).
 
@@ -14,12 +13,9 @@ kernel (child processes included) are measured. The results are
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import os
 import platform
-import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -36,13 +32,12 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from svit_course import notebooks, stamp
+from svit_course import notebooks
 from svit_utils.files import write_rows
-from tools import outputs
+from tools import book, outputs
 
 BUILD = notebooks.ROOT / "build" / "walkthrough"
 RESULT = notebooks.ROOT / "results" / "walkthrough.csv"
-TEMPLATES = Path(__file__).resolve().parent / "html_template"
 MIB = 1024 * 1024
 
 
@@ -154,80 +149,22 @@ def execute(notebook: Any, folder: Path, progress: Progress, timeout: float) -> 
     return time.monotonic() - start, memory.stop(), error
 
 
-def to_html(notebook: Any, name: str) -> None:
-    """Write the executed chapter as a page of build/walkthrough/ that fetches nothing."""
-    from nbconvert import HTMLExporter
-
-    page = nbformat_copy(notebook)
-    page.metadata.pop("widgets", None)
-    page.cells = [cell for cell in page.cells if cell.get("id") != stamp.LINKS_ID]  # links to services elsewhere
-    for cell in page.cells:
-        if cell.cell_type == "markdown":  # the page lies in build/walkthrough/
-            cell.source = re.sub(r"\]\((assignments/|glossary\.md)", r"](../../notebooks/\1", cell.source)
-    for cell in notebooks.code_cells(page):
-        outputs.drop_widgets(cell)
-        for output in cell.outputs:
-            if outputs.WIDGET in output.get("data", {}):
-                del output.data[outputs.WIDGET]
-                output.data["text/html"] = "<em>A widget: open the notebook in JupyterLab to move it.</em>"
-    page.metadata["title"] = notebooks.title(notebook, name)
-    exporter = HTMLExporter(
-        template_name="walkthrough",
-        extra_template_basedirs=[str(TEMPLATES)],
-        mathjax_url="mathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe",
-    )
-    text, _ = exporter.from_notebook_node(page, resources={"metadata": {"name": name}})
-    (BUILD / f"{name}.html").write_text(text, encoding="utf-8")
-
-
-def nbformat_copy(notebook: Any) -> Any:
-    """A copy of the notebook that can be changed."""
-    import nbformat
-
-    return nbformat.reads(nbformat.writes(notebook), as_version=4)
-
-
-def bring_mathjax() -> None:
-    """Copy MathJax, as the package jupyter-server-mathjax carries it, beside the pages."""
-    import jupyter_server_mathjax
-
-    source = Path(jupyter_server_mathjax.__file__).parent / "static"
-    if not (BUILD / "mathjax" / "MathJax.js").is_file():
-        shutil.copytree(source, BUILD / "mathjax", dirs_exist_ok=True)
-
-
-def write_index(outcomes: list[Outcome], about: dict[str, Any]) -> None:
-    """Write index.html: a row for each chapter, and what was measured on."""
+def run_page(outcomes: list[Outcome], about: dict[str, Any]) -> str:
+    """The Markdown of the page about the run: a row for each chapter, and what was measured on."""
     rows = []
     for item in outcomes:
-        name = f'<a href="{item.chapter}.html">{html.escape(item.title)}</a>'
-        result = html.escape(item.headline) if not item.error else "<strong>failed</strong>"
-        rows.append(
-            f"<tr><td>{name}</td><td class=n>{item.minutes:.1f}</td><td class=n>{item.peak_memory_mb}</td>"
-            f"<td>{result}</td></tr>"
-        )
+        result = item.headline.replace("|", "\\|") if not item.error else "**failed**"
+        title = f"[{item.title}](notebooks/{item.chapter}.ipynb)"
+        rows.append(f"| {title} | {item.minutes:.1f} | {item.peak_memory_mb} | {result} |")
     machine = ", ".join(f"{key} {value}" for key, value in about.items())
-    (BUILD / "index.html").write_text(
-        f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>SelectiveViT: the walkthrough</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; width: 100%; }} th, td {{ text-align: left; padding: .5rem; vertical-align: top; }}
-tr + tr {{ border-top: 1px solid #8888; }} .n {{ text-align: right; white-space: nowrap; }}
-footer {{ opacity: .75; font-size: .875rem; margin-top: 2rem; }}
-</style></head><body>
-<h1>SelectiveViT: the walkthrough</h1>
-<p>The chapters as they ran on this machine, in reading order.</p>
-<table><thead><tr><th>chapter</th><th class=n>minutes</th><th class=n>peak memory, MB</th><th>headline</th></tr></thead>
-<tbody>
-{chr(10).join(rows)}
-</tbody></table>
-<footer>{html.escape(machine)}</footer>
-</body></html>
-""",
-        encoding="utf-8",
+    return "\n".join(
+        [
+            "# This run\n",
+            "The chapters below show what came out on this machine; any other shows what the repository stores.\n",
+            "| chapter | minutes | peak memory, MB | headline |\n| --- | ---: | ---: | --- |",
+            *rows,
+            f"\n{machine}\n",
+        ]
     )
 
 
@@ -235,7 +172,9 @@ def provenance() -> dict[str, Any]:
     """The columns that say where a measurement comes from."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=notebooks.ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=notebooks.ROOT, capture_output=True, encoding="utf-8", check=False
+        )
         return done.stdout.strip()
 
     return {
@@ -281,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the chapters and write what came out; 1 where one failed."""
     parser = argparse.ArgumentParser(description="Run the chapters and show what came out.")
     parser.add_argument("chapters", nargs="*", help="beginnings of file names, such as 01 (default: all)")
-    parser.add_argument("--store", action="store_true", help="write the outputs into the notebooks, and no HTML")
+    parser.add_argument("--store", action="store_true", help="write the outputs into the notebooks, and no book")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds a cell may take (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="leave results/walkthrough.csv as it is")
     options = parser.parse_args(argv)
@@ -293,8 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(SVIT_PROFILE="cpu", HF_HUB_OFFLINE="1")
     if not options.store:
         BUILD.mkdir(parents=True, exist_ok=True)
-        bring_mathjax()
-    about, outcomes = provenance(), []
+    about, executed = provenance(), {}
+    outcomes: list[Outcome] = []
     for position, path in enumerate(paths, start=1):
         notebook = notebooks.read(path)
         progress = Progress(f"[{position}/{len(paths)}] {path.stem}", len(notebooks.code_cells(notebook)))
@@ -306,20 +245,25 @@ def main(argv: list[str] | None = None) -> int:
         progress.end(f"{'failed' if error else 'done'}, {seconds / 60:.1f} minutes, {peak} MB")
         if error:
             print(error, file=sys.stderr)
-        if not options.store:
-            to_html(notebook, path.stem)
-        elif not error:
+        executed[path.name] = notebook
+        if options.store and not error:
             store(notebook, path)
     if not options.store:
-        write_index(outcomes, about)
         summary = {"about": about, "chapters": [asdict(item) for item in outcomes]}
         (BUILD / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         complete = not options.chapters and not any(item.error for item in outcomes)
         if complete and not options.no_record:
             write_results(outcomes, about)
-        print(f"\nThe chapters as pages: {(BUILD / 'index.html').relative_to(notebooks.ROOT)}")
     print_table(outcomes)
-    return 1 if any(item.error for item in outcomes) else 0
+    failed = any(item.error for item in outcomes)
+    if not options.store:
+        try:  # not strictly: what a chapter prints on this machine is nobody's mistake
+            book.build(BUILD, executed, run_page(outcomes, about), strict=False)
+            print(f"\nThe book of this run: {(BUILD / 'index.html').relative_to(notebooks.ROOT)}")
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            failed = True
+    return 1 if failed else 0
 
 
 def store(notebook: Any, path: Path) -> None:

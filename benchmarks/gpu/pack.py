@@ -151,7 +151,7 @@ def whole_set() -> dict[str, Split]:
 def tree_bytes(root: Path) -> int:
     """Bytes of the repository's files, those that git ignores left out."""
     listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
+    names = subprocess.run(listed, capture_output=True, encoding="utf-8", check=True).stdout.split("\0")
     return sum((root / name).stat().st_size for name in names if name and (root / name).is_file())
 
 

@@ -136,7 +136,7 @@ def about_pack(folder: Path) -> Row:
 def _driver() -> str:
     with suppress(OSError, subprocess.SubprocessError, IndexError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20, check=True)
         return done.stdout.splitlines()[0].strip()
     return ""
 

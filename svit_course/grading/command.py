@@ -18,25 +18,30 @@ from svit_course.sandbox import limits
 from svit_course.sandbox.sandbox import Limits, close_all
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="python -m svit_course grade", description="Grade a folder of submissions: marks as CSV, feedback as HTML."
     )
-    parser.add_argument("submissions", type=Path, help="a folder per student")
-    parser.add_argument("--out", type=Path, default=notebooks.ROOT / "build" / "grades", help="default: build/grades")
-    parser.add_argument("--assignment", help="only this one, for example b")
-    parser.add_argument("--jobs", type=int, default=2, help="submissions at a time (default: 2)")
+    whole.add_argument("submissions", type=Path, help="a folder per student")
+    whole.add_argument("--out", type=Path, default=notebooks.ROOT / "build" / "grades", help="default: build/grades")
+    whole.add_argument("--assignment", help="only this one, for example b")
+    whole.add_argument("--jobs", type=int, default=2, help="submissions at a time (default: 2)")
     for name, default, what in (
         ("seconds", Limits.seconds, "of a test"),
         ("cell", Limits.cell, "seconds of a cell"),
         ("total", Limits.total, "seconds of a submission"),
         ("memory", 2.0, "GiB of resident memory"),
     ):
-        parser.add_argument(f"--{name}", type=float, default=default, help=f"{what} (default: %(default)g)")
-    options = parser.parse_args(argv)
+        whole.add_argument(f"--{name}", type=float, default=default, help=f"{what} (default: %(default)g)")
+    return whole
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options given, checked."""
+    options = parser().parse_args(argv)
     if min(options.jobs, options.seconds, options.cell, options.total, options.memory) <= 0:
-        parser.error("jobs, seconds, cell, total and memory must be positive")
+        parser().error("jobs, seconds, cell, total and memory must be positive")
     return options
 
 

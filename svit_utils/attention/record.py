@@ -41,7 +41,7 @@ class AttentionRecord:
 
     @cached_property
     def tau(self) -> Tensor | float:
-        """The threshold each row was cut at, broadcastable to [B, H, N, 1]: a key survives where probs > tau."""
+        """The threshold each row was cut at, broadcastable to [B, H, N, 1]. A key survives where probs > tau."""
         return self.normaliser.cut_at(self.scores, self.undropped)
 
 

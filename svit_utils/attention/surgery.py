@@ -94,7 +94,7 @@ def sparsify(
             that have no threshold take none, and no fast ``backend`` computes them.
 
     Returns:
-        A report of every attention module: converted, or left dense and why.
+        A report of every attention module, which says whether it was converted, or left dense and why.
 
     Raises:
         ValueError: no supported attention in the model, a subclass with a forward of its own, an unknown layer,

@@ -133,7 +133,7 @@ class FixedThreshold(Threshold):
 
     @property
     def tau(self) -> float | Tensor:
-        """Tau now in force: a float, or a tensor [H]."""
+        """Tau now in force, a float or a tensor [H]."""
         tau = self.value * self.warmup
         return tau if tau.ndim else float(f"{float(tau):.7g}")  # 0.01, not float32's 0.009999999776
 
@@ -212,7 +212,7 @@ class LearnableThreshold(Threshold):
 
     @property
     def tau(self) -> Tensor:
-        """Tau now in force: [], or [H] with ``per="head"``, with its graph."""
+        """Tau now in force with its graph, [], or [H] with ``per="head"``."""
         tau = torch.sigmoid(self.logit) * self.warmup
         return tau if self.per == "head" else tau[0]
 

@@ -73,7 +73,7 @@ def try_imports(packages: Mapping[str, str], timeout: float = 300.0) -> list[Imp
     while left:
         command = [sys.executable, "-c", _PROBE, *left]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=timeout, check=False)
             output, fate = done.stdout, f"the import ended the interpreter (exit status {done.returncode})"
         except subprocess.TimeoutExpired as expired:
             raw = expired.stdout or b""

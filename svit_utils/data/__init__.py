@@ -7,7 +7,7 @@ from .cifar import cifar10
 from .errors import DamagedDataError, DataNotFoundError
 from .folders import image_folder
 from .planted_shapes import DIFFICULTIES, Difficulty, PlantedBatch, PlantedShapes
-from .transforms import normalisation, preprocessing
+from .transforms import PictureSet, Preprocessing, normalisation, preprocessing
 
 __all__ = ["DIFFICULTIES", "DamagedDataError", "DataNotFoundError", "Difficulty", "PlantedBatch", "PlantedShapes"]
-__all__ += ["cifar10", "image_folder", "normalisation", "preprocessing"]
+__all__ += ["PictureSet", "Preprocessing", "cifar10", "image_folder", "normalisation", "preprocessing"]

@@ -28,7 +28,7 @@ class TokenGrid:
 
     @property
     def num_tokens(self) -> int:
-        """Prefix and patch tokens together: the N of the attention matrix."""
+        """Prefix and patch tokens together, the N of the attention matrix."""
         return self.num_prefix + self.height * self.width
 
 

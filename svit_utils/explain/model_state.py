@@ -108,7 +108,8 @@ def at_least_single(x: Tensor) -> Tensor:
 
 def whole_number(value: object) -> int | None:
     """A Python or NumPy integer, or an integer tensor without dimensions, as an int; None for all else."""
-    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or getattr(value, "dtype", None) == torch.bool:
+    booleans = (bool, np.bool_)  # which NumPy before 2.0 takes for an index
+    if isinstance(value, booleans) or getattr(value, "ndim", 0) != 0 or getattr(value, "dtype", None) == torch.bool:
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ from svit_utils.referee.inputs import check_maps, scaled_by_peak
 
 
 def sparseness(maps: Tensor) -> Tensor:
-    """Gini index of |map| for maps [B, h, w]: [B] in [0, 1); higher is sparser, which is **not evidence of quality**.
+    """Gini index of maps [B, h, w] by ``|map|``: [B] in [0, 1); higher is sparser, which is **no evidence of quality**.
 
-    With |map| sorted upwards, v_1 <= ... <= v_n:
+    With ``|map|`` sorted upwards, v_1 <= ... <= v_n:
 
         sum_k (2 k - n - 1) v_k / (n sum_k v_k)
 

@@ -140,7 +140,7 @@ class Comparison:
 
     @property
     def wider(self) -> Interval:
-        """The wider of the two intervals: the one to show where there is room for one."""
+        """The wider of the two intervals, the one to show where there is room for one."""
         return max(filter(None, (self.images, self.seeds)), key=lambda interval: interval.width)
 
     def verdict(self, p_adjusted: float, alpha: float = 0.05) -> str:

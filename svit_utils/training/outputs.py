@@ -80,6 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
                 del _held[key]
                 with suppress(OSError), _alone(folder / LOCK) as file:
                     if _read(file).get("pid") == os.getpid():
+                        os.ftruncate(file, 0)  # Windows keeps a file that is open; an empty one holds nobody up
                         (folder / LOCK).unlink()
 
 

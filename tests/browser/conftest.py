@@ -68,7 +68,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > deadline:
-                    text = Path(log.name).read_text(errors="replace")
+                    text = Path(log.name).read_text(encoding="utf-8", errors="replace")
                     pytest.fail(f"JupyterLab did not start:\n{text[-2000:]}")
                 time.sleep(0.3)
         yield address

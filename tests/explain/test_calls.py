@@ -509,8 +509,11 @@ def test_a_wrapper_that_speaks_for_one_of_its_towers():
 @pytest.mark.filterwarnings("ignore")
 def test_programs_made_of_a_model(kind, explain):
     make = {"script": torch.jit.script, "trace": lambda m: torch.jit.trace(m, X), "fx": torch.fx.symbolic_trace}[kind]
+    model = tiny()
+    for block in model.blocks if kind == "fx" else ():
+        block.attn.fused_attn = False  # timm 1.0.26 hands `is_causal` on, which torch.fx makes a symbol
     with pytest.raises(ValueError, match=r"TorchScript|no token grid|no attention whose map can be read"):
-        explain(make(tiny()), X)
+        explain(make(model), X)
 
 
 def test_a_tower_inside_the_model_is_not_multiplied_into_its_rollout():
