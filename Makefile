@@ -150,6 +150,10 @@ lint: $(STAMP) ## ruff, mypy, the import contracts and the notebook lint
 pins: $(STAMP) ## resolve requirements.txt anew from pyproject.toml
 	$(PY) -m tools.pins
 
+.PHONY: release
+release: $(STAMP) ## build wheel and sdist into dist/ and check both (VERSION=0.2.0: write it and the changelog first)
+	$(PY) -m tools.release $(if $(VERSION),--version $(VERSION))
+
 .PHONY: clean
 clean: ## remove build/, caches and .venv (data and results stay)
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,7 +52,7 @@ def build(
     command = [sys.executable, "-m", "sphinx", "-q", "-b", builder, "-c", str(book_pages.BOOK)]
     command += ["-d", str(work / f"doctrees-{builder}"), *(STRICT if strict else ()), str(work / "pages"), str(out)]
     environment = os.environ | ({"SVIT_REPOSITORY": repository} if repository else {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"the book cannot be built:\n{done.stderr[-8000:]}")
 

@@ -28,6 +28,8 @@ ONE_THREAD = "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"
 RECIPES: dict[str, str] = {
     "environment": "",
     "walkthrough": "python -m tools.walkthrough",
+    "site": "python -m tools.book [REPO? --repository {REPO}]",
+    "pdf": "python -m tools.book --pdf",
     "lab": "python -m tools.lab {CHAPTER:01} [ROOT? --root] [NBGRADER? --nbgrader]",
     "doctor": "python -m svit_utils doctor",
     "test-unit": f"{ONE_THREAD} python -m pytest -q tests -n {{JOBS}} --dist loadfile",
@@ -55,6 +57,7 @@ RECIPES: dict[str, str] = {
     "lint-imports --no-cache\n"
     "python -m tools.lint_notebooks notebooks/*.ipynb notebooks/assignments/*.ipynb",
     "pins": "python -m tools.pins",
+    "release": "python -m tools.release [VERSION? --version {VERSION}]",
 }
 TOGETHER = {"test": ("test-unit", "test-notebooks", "test-mutants")}
 
