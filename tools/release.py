@@ -1,8 +1,8 @@
 """Make a release: ``make release`` builds wheel and sdist into dist/ and checks them; it uploads nothing.
 
 With ``VERSION=0.2.0`` the version is first written wherever it stands, and the changelog from the fragments in
-changes/. The wheel is built from the sdist, so that neither can lack what the other needs. Checked are the metadata (twine), the
-wheel in an environment with nothing else in it, and each chapter alone beside the wheel.
+changes/. The wheel is built from the sdist, so that neither can lack what the other needs. Checked are the metadata
+(twine), the wheel in an environment with nothing else in it, and each chapter alone beside the wheel.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from svit_course import stamp
 from svit_utils import colab
-from tools import links
+from tools import book, links
 
 
 def test_every_file_is_stamped_for_one_repository(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,3 +219,18 @@ def test_setup_cell_says_what_to_do_without_a_wheel(tmp_path: Path) -> None:
     printed, error = run_setup_cell(tmp_path, None, {"svit_utils"}, on_colab=True)
     assert printed == []
     assert "FileNotFoundError: Upload selectivevit-….whl" in error
+
+
+def test_the_book_is_published_with_buttons_that_lead_to_its_own_repository() -> None:
+    """The command and the folder of the workflow are those of `make site`; on a fork without Pages nothing fails."""
+    text = (links.notebooks.ROOT / ".github" / "workflows" / "pages.yml").read_text(encoding="utf-8")
+    job = yaml.safe_load(text)["jobs"]["publish"]
+    assert "github.event.repository.has_pages" in job["if"]
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    assert runs == ["make environment TORCH=cpu", 'make site REPO="$GITHUB_REPOSITORY"']
+    [folder] = [step["with"]["path"] for step in job["steps"] if "upload-pages-artifact" in step.get("uses", "")]
+    assert links.notebooks.ROOT / folder == book.SITE
+    dry = ["bash", "-c", runs[1].replace("make ", "make -n -o .venv/.made ", 1)]
+    environment = os.environ | {"GITHUB_REPOSITORY": "someone/fork"}
+    done = subprocess.run(dry, cwd=links.notebooks.ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1:] == ["-m", "tools.book", "--repository", "someone/fork"]
