@@ -176,5 +176,6 @@ def forest(intervals: Mapping[str, Any], *, xlabel: str, title: str = "", scale:
         axis.axvline(0, color="#444444", linewidth=1)
         axis.set_yticks(range(len(intervals)), list(intervals))
         axis.invert_yaxis()
-        axis.set(xlabel=xlabel, title=title)
+        axis.set_xlabel(xlabel)
+        figure.suptitle(title, fontsize=11)  # over labels and axes: there it has room
     return with_alt(figure, f"Intervals around a line at zero, {xlabel}: {'; '.join(spoken)}.")

@@ -30,7 +30,7 @@ ADDED = (
     31,  # types that users of the library see, and what they are told where ipywidgets is missing
     212,  # kernels that waste nothing on a GPU: tiles without survivors, rounded weights, one launch for each gradient
     78,  # block diagrams, and the pictures that come with the book
-    62,  # forest plots; rows of attention, and maps, beside their picture
+    63,  # forest plots; rows of attention, and maps, beside their picture
     18,  # Windows: files that are open, locks, consoles without Greek letters
     289,  # the explorer: rows packed for pages without a kernel
 )

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import tiles
+from benchmarks import tiles, variants
 from svit_utils.attention import thresholded_attention
+from svit_utils.files import read_rows
+from svit_utils.paths import results_dir
 from tests.notebooks.notebook_functions import extract_function
 
 CHAPTER = "06_what_it_costs"
@@ -59,3 +61,19 @@ def test_empty_tiles() -> None:
     survives = torch.rand(150, 200, generator=torch.Generator().manual_seed(0)) > 0.9995
     assert torch.equal(empty(survives), tiles.empty_tiles(survives))
     assert 0 < float(empty(survives).float().mean()) < 1
+
+
+def test_the_dent_in_the_memory_plot_is_the_batch() -> None:
+    """The page divides by 4 below N = 2000 and by 1 beyond, as the benchmark's batch was."""
+    for n, batch in ((1025, 4), (2049, 1)):
+        assert variants.inputs(n)[0].shape[0] == batch
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_the_recorded_memory_by_tiles_is_a_fraction_of_the_formulas(direction: str) -> None:
+    peak = {
+        row["variant"]: float(row["peak_growth_mib"])
+        for row in read_rows(results_dir() / "bench" / "attention.csv")
+        if (row["n"], row["direction"], row["logits"], row["threads"]) == ("4097", direction, "independent", "1")
+    }
+    assert 0 < peak["tiled"] < 0.05 * peak["plain formula"]
