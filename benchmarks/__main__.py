@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import accuracy, attention, parts, targets, tiles, tracker, vit
+from benchmarks import accuracy, attention, crossover, parts, targets, tiles, tracker, vit
 from benchmarks.measure import Plan, write
 
 SECTIONS = {
     "attention": attention,
+    "crossover": crossover,
     "parts": parts,
     "vit": vit,
     "accuracy": accuracy,

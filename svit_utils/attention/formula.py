@@ -90,8 +90,10 @@ def fully_masked(scores: Tensor) -> Tensor:
 
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """Autocast would compute product and softmax in half precision, too coarse for a comparison with tau."""
-    # The meta device, on which shapes are worked out without data, has no autocast to switch off.
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    # Switching off what is off takes as long as a small product; and the meta device, which has no data, has none.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

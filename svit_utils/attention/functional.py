@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from svit_utils.attention.backends import tiled, triton
+from svit_utils.attention.backends.autograd import differentiates
 from svit_utils.attention.call import Call
 from svit_utils.attention.masks import allowed_keys
 from svit_utils.attention.record import AttentionRecord, attend
@@ -18,8 +19,10 @@ from svit_utils.attention.thresholds import ThresholdLike
 # "reference" is the formula itself, which keeps everything it computes; the others return the output only. Each has
 # `attention(q, k, v, call, statistics)` and `unfit(q, k, v, dropout_p)`.
 _FAST = {"tiled": tiled, "triton": triton}
-# Scores per head. Below, the formula's matrices fit in the cache whole, and it is faster (benchmarks/attention.py).
-_WORTH_TILING = 128 * 128
+# Where tiles are faster on a CPU, by results/bench/crossover.csv: scores in one map, from where always; and without
+# and with a backward pass, in one map and in all maps of the call. Below, the formula's matrices fit in the cache.
+_TILES_ALWAYS = 128 * 128
+_TILES_FROM = {False: (64 * 64, 2**17), True: (96 * 96, 2**18)}
 
 
 @overload
@@ -139,18 +142,25 @@ def backend_for(
 ) -> str:
     """The backend ``"auto"`` chooses for a call.
 
-    ``"tiled"`` on the CPU from N x M = 128 x 128 on; ``"triton"`` on CUDA for float16, bfloat16 and float32, heads up
+    ``"tiled"`` on the CPU from N x M = 128 x 128 on, and for large batches from 64 x 64 on, or 96 x 96 where gradients
+    are taken; ``"triton"`` on CUDA for float16, bfloat16 and float32, heads up
     to 256 wide, without dropout. ``"reference"`` where these are not worth while or cannot serve: other devices, the
     weights are asked for, the mask is to get a gradient, forward-mode derivatives are taken, or the model is exported
     (a program of plain operators travels further).
     """
     if _needs_formula(attn_mask, return_weights) or _exporting() or forward_ad._current_level >= 0:
         return "reference"
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] >= _WORTH_TILING and not tiled.unfit(q, k, v, dropout_p):
+    if q.device.type == "cpu" and _worth_tiling(q, k, v) and not tiled.unfit(q, k, v, dropout_p):
         return "tiled"
     if q.device.type == "cuda" and not triton.unfit(q, k, v, dropout_p):
         return "triton"
     return "reference"
+
+
+def _worth_tiling(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    scores = q.shape[-2] * k.shape[-2]
+    in_map, in_all = _TILES_FROM[differentiates(q, k, v)]
+    return scores >= _TILES_ALWAYS or (scores >= in_map and scores * q.shape[0] * q.shape[1] >= in_all)
 
 
 def _needs_formula(attn_mask: Tensor | None, return_weights: bool) -> str:

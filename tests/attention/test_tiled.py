@@ -21,6 +21,7 @@ from svit_utils.attention import (
     thresholded_attention,
 )
 from svit_utils.attention.backends import tiled, tiles
+from svit_utils.attention.call import Call
 
 MASKS = ("none", "boolean", "additive", "causal")
 TAUS = ("zero", "tiny", "usual", "half", "around the largest", "per head", "per query")
@@ -323,6 +324,39 @@ def test_compiles_as_one_graph():
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     for a, b in zip((out, *torch.autograd.grad(out, (q, k, v, tau), direction)), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grad", "chosen"),
+    [
+        ((1, 1, 128), False, "tiled"),
+        ((1, 1, 127), False, "reference"),
+        ((16, 2, 64), False, "tiled"),  # 2 ** 17 scores
+        ((15, 2, 64), False, "reference"),
+        ((1000, 2, 63), False, "reference"),
+        ((16, 2, 96), True, "tiled"),
+        ((16, 2, 64), True, "reference"),
+        ((14, 2, 96), True, "reference"),  # fewer than 2 ** 18
+        ((14, 2, 96), False, "tiled"),
+    ],
+)
+def test_auto_takes_what_was_measured_to_be_faster(shape, grad, chosen):
+    q = torch.zeros(*shape, 4, requires_grad=grad)
+    assert backend_for(q, q, q) == chosen
+    with torch.no_grad():
+        assert backend_for(q, q, q) == chosen or grad
+
+
+def test_no_allocation_is_larger_than_a_tile_and_several_pairs_share_a_smaller_one():
+    q = torch.zeros(64, 64, 8)
+    call = Call(torch.tensor(0.01), 1.0)
+    for n, most in ((64, tiles.SEVERAL), (2048, tiles.TILE)):
+        q = torch.zeros(8, 16, n, 8)
+        for backward in (False, True):
+            problem = tiles.Problem.fold(q, q, q, call, 0, for_backward=backward)
+            shapes = [tile.shape for tile in problem.tiles()]
+            assert max(g * rows * m for g, rows, m in shapes) <= most * torch.get_num_threads()
+            assert sum(g * rows for g, rows, _ in shapes) == 8 * 16 * n
 
 
 def test_auto_takes_what_the_call_needs():

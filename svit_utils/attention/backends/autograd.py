@@ -10,6 +10,7 @@ A backend registers two custom ops, so that ``torch.compile`` and ``torch.func``
 `Call` is taken apart by `flat` on one side and put together by `from_flat` on the other.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -105,8 +106,11 @@ class Forward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, tau, mask, seed, out, rows, more = ctx.saved_tensors
         name, scale, causal, dropout, empty_rows = ctx.settings
-        settings = (tau, mask, scale, causal, dropout, seed, empty_rows)
-        dq, dk, dv, dtau = Backward.apply(f"{name}_backward", grad, out, rows, more, q, k, v, *settings)
+        arguments = (grad, out, rows, more, q, k, v, tau, mask, scale, causal, dropout, seed, empty_rows)
+        if differentiates(grad, q, k, v, tau):  # under create_graph=True
+            dq, dk, dv, dtau = Backward.apply(f"{name}_backward", *arguments)
+        else:
+            dq, dk, dv, dtau = _op(f"{name}_backward", q)(*arguments)
         dtau = dtau.unsqueeze(-1).sum_to_size(tau.shape).to(tau.dtype) if ctx.needs_input_grad[4] else None
         return None, dq, dk, dv, dtau, None, None, None, None, None, None, None
 
@@ -149,6 +153,11 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         return one_by_one(Backward.apply, info, in_dims, arguments)
+
+
+for _each in (Forward, Backward):
+    # PyTorch asks for the signature at every call, and works it out anew unless it is kept.
+    _each.forward.__signature__ = inspect.signature(_each.forward)  # type: ignore[union-attr]
 
 
 def second_derivatives(tensors: Sequence[Tensor], directions: tuple[Tensor, ...], call: Call) -> tuple[Tensor, ...]:

@@ -37,7 +37,7 @@ def unfit(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, seed: int, statistics: bool) -> tuple[Tensor, Tensor]:
     """The forward pass, see `attention`."""
-    problem = Problem.fold(q, k, v, call, seed, keeps_probs=False)
+    problem = Problem.fold(q, k, v, call, seed, for_backward=False)
     out = problem.v.new_empty(problem.q.shape[0], problem.q.shape[1], problem.v.shape[2])
     per_row = problem.q.new_empty(*problem.q.shape[:2], STATISTICS if statistics else 0)
     for tile in problem.tiles():
@@ -60,22 +60,25 @@ def backward(
     grad: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of each row's tau [B, H, N]."""
-    problem = Problem.fold(q, k, v, call, seed, keeps_probs=True)
+    problem = Problem.fold(q, k, v, call, seed, for_backward=True)
     wide, scale = problem.q.dtype, problem.scale
     grad = grad.to(wide).reshape(problem.q.shape[0], problem.q.shape[1], grad.shape[-1])
     dots = (grad * out.to(wide).view_as(grad)).sum(dim=-1, keepdim=True)  # D [G, N, 1]
-    dq, dk, dv = (torch.zeros_like(x) for x in (problem.q, problem.k, problem.v))
-    dtau = torch.zeros_like(dots)
+    # Without queries or keys no tile writes them; under a causal mask the first tile does not write all keys.
+    new = torch.empty_like if problem.q.shape[1] and problem.k.shape[1] else torch.zeros_like
+    summed = torch.zeros_like if call.is_causal else new
+    dq, dtau, dk, dv = new(problem.q), new(dots), summed(problem.k), summed(problem.v)
     for tile in problem.tiles():
         inverse = torch.where(tile.z == 0, 0.0, tile.z.reciprocal())
         scaled = tile.rows_of(grad) * inverse  # dO / Z
         g = tile.buffer(2)
         torch.bmm(scaled, problem.v[tile.pairs, tile.keys].transpose(1, 2), out=g)
+        beta = 1 if call.is_causal or tile.rows.start else 0  # 0: the first tile of these pairs replaces what is there
         used = tile.r
         if tile.keep_mask is not None:
             g.mul_(tile.keep_mask)
             used = used * tile.keep_mask
-        dv[tile.pairs, tile.keys].baddbmm_(used.transpose(1, 2), scaled)
+        dv[tile.pairs, tile.keys].baddbmm_(used.transpose(1, 2), scaled, beta=beta)
         g.sub_(tile.rows_of(dots) * inverse)
         # Survivors are where R > 0: threshold_backward passes the gradient there and nowhere else.
         torch.ops.aten.threshold_backward.grad_input(g, tile.r, 0.0, grad_input=g)
@@ -86,7 +89,7 @@ def backward(
         ds = torch._softmax_backward_data(g, tile.probs, -1, wide, grad_input=g)
         to_keys, own = problem.k[tile.pairs, tile.keys], tile.rows_of(dq)
         torch.baddbmm(own, ds, to_keys, beta=0, alpha=scale, out=own)
-        dk[tile.pairs, tile.keys].baddbmm_(ds.transpose(1, 2), tile.rows_of(problem.q), alpha=scale)
+        dk[tile.pairs, tile.keys].baddbmm_(ds.transpose(1, 2), tile.rows_of(problem.q), beta=beta, alpha=scale)
     return dq.view_as(q).to(q.dtype), dk.view_as(k).to(k.dtype), dv.view_as(v).to(v.dtype), dtau.view(q.shape[:3])
 
 

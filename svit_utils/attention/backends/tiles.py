@@ -19,6 +19,9 @@ from svit_utils.attention.formula import statistics_dtype
 # Floats of scores in one (batch, head) pair's tile: 4 MiB in float32. Larger than a core's own cache, because a matrix
 # product rearranges the keys for each tile, which costs more than the shared cache does (benchmarks/attention.py).
 TILE = 2**20
+# Floats of scores where several pairs share a tile: their keys are rearranged once whatever its size, so it may be
+# smaller, for the cache and for malloc; not much smaller, or the calls themselves take their time.
+SEVERAL = 2**18
 MOST = 2**23  # floats in the tiles of all threads together
 PAIRS_WITH_DROPOUT = 8
 
@@ -27,8 +30,7 @@ PAIRS_WITH_DROPOUT = 8
 class Problem:
     """One call with batch and heads folded into G = B * H, in the dtype of the statistics.
 
-    ``keeps_probs`` keeps the probabilities beside what is left after the cut, as the backward pass needs; the forward
-    pass cuts them in place.
+    ``for_backward``: the tiles are those of the backward pass, which needs a third buffer.
     """
 
     q: Tensor  # [G, N, D]
@@ -37,15 +39,14 @@ class Problem:
     scale: float  # factor on the products of q and k
     tau: Tensor  # [G, 1, 1] one number per head, or [G, N, 1] one per query
     taus: list[float]  # the same as numbers, one per pair or one for all; empty where tau differs from query to query
-    highest: float  # the largest tau
     mask: Tensor | None  # [B, H, N, M]
     heads: int
     call: Call  # the other settings
     seed: int  # of the dropout
-    keeps_probs: bool
+    for_backward: bool
 
     @classmethod
-    def fold(cls, q: Tensor, k: Tensor, v: Tensor, call: Call, seed: int, keeps_probs: bool) -> Problem:
+    def fold(cls, q: Tensor, k: Tensor, v: Tensor, call: Call, seed: int, for_backward: bool) -> Problem:
         """From q, k, v [B, H, ., .] and a call whose tau is a tensor."""
         batch, heads, n, _ = q.shape
         wide = statistics_dtype(q)
@@ -54,7 +55,6 @@ class Problem:
         per_query = tau.ndim >= 2 and tau.shape[-2] > 1
         taus = [] if per_query else tau.expand(batch, heads, 1, 1).flatten().tolist()
         taus = taus[:1] if len(set(taus)) == 1 else taus
-        highest = max(taus) if taus else float(tau.max()) if tau.numel() else 0.0
         rows = n if per_query else 1
         tau = tau.expand(batch, heads, rows, 1).reshape(batch * heads, rows, 1)
         mask = None if call.attn_mask is None else call.attn_mask.expand(batch, heads, n, k.shape[2])
@@ -62,7 +62,7 @@ class Problem:
         scale = call.scale
         if not math.isfinite(scale):  # as a factor of the product itself, BLAS libraries ignore NaN
             q, scale = q * scale, 1.0
-        return cls(q, k, v, scale, tau, taus, highest, mask, heads, call, seed, keeps_probs)
+        return cls(q, k, v, scale, tau, taus, mask, heads, call, seed, for_backward)
 
     def tiles(self) -> Iterator[Tile]:
         """The work in pieces, always in the same order, so that dropout draws the same numbers in both passes."""
@@ -75,13 +75,13 @@ class Problem:
         pairs = PAIRS_WITH_DROPOUT if dropout else torch.get_num_threads()
         # The backward pass holds three such tiles, and is at its best when they are half as large. With dropout both
         # passes have to go through the same ones.
-        size = TILE // 2 if self.keeps_probs or dropout else TILE
+        size = TILE // 2 if self.for_backward or dropout else TILE
         size = max(1, min(size, MOST // pairs))
         tiles = max(1, round(n * m / size))
         rows = -(-n // min(tiles, max(n, 1))) or 1  # tiles of equal height
-        chunk = max(1, min(groups, pairs * max(1, size // max(1, rows * m))))
+        chunk = max(1, min(groups, pairs * max(1, min(size, SEVERAL) // max(1, rows * m))))
         draws = torch.Generator().manual_seed(self.seed) if dropout else None
-        buffers = [self.q.new_empty(chunk * rows * m) for _ in range(3 if self.keeps_probs else 1)]
+        buffers = [self.q.new_empty(chunk * rows * m) for _ in range(3 if self.for_backward else 2)]
         for first in range(0, groups, chunk):
             for start in range(0, n, rows):
                 yield Tile(self, slice(first, min(first + chunk, groups)), start, min(start + rows, n), buffers, draws)
@@ -91,7 +91,7 @@ class Tile:
     """Queries ``start`` to ``stop`` of some (batch, head) pairs.
 
     Attributes:
-        probs: p [g, n, m]; overwritten by ``r`` unless the problem keeps them.
+        probs: p [g, n, m].
         r: R = ReLU(p - tau) [g, n, m]; in an exceptional row what that row gets instead.
         z: Z = sum(R) [g, n, 1].
         row_tau: what each row is cut at, broadcastable to [g, n, 1].
@@ -119,10 +119,11 @@ class Tile:
         tau = problem.tau[pairs]
         self.tau = tau if tau.shape[1] == 1 else tau[:, self.rows]  # [g, n, 1] or [g, 1, 1]
         self.row_tau = self.tau
-        self.exceptions, replacements = self._exceptional_rows()
         self.r = self._cut()
         self.z = self.r.sum(dim=-1, keepdim=True)
+        self.exceptions = self._exceptional_rows()
         if self.exceptions is not None:
+            replacements = self._replacements(self.exceptions)
             self.r.view(-1, self.shape[2])[self.exceptions] = replacements
             self.z.view(-1)[self.exceptions] = replacements.sum(dim=-1)
         self.keep_mask = None if draws is None else self._draw_dropout(draws)
@@ -166,8 +167,7 @@ class Tile:
 
     def _cut(self) -> Tensor:
         """R = ReLU(p - tau). For p >= 0 that is soft shrinkage, which is one pass where two ops would be two."""
-        r = self.buffer(1) if self.problem.keeps_probs else self.probs
-        taus = self.problem.taus
+        r, taus = self.buffer(1), self.problem.taus
         if not taus:  # one tau per query
             return torch.sub(self.probs, self.tau, out=r).relu_()
         if len(taus) == 1:
@@ -177,30 +177,31 @@ class Tile:
                 torch.ops.aten.softshrink.out(self.probs[i], tau, out=r[i])
         return r
 
-    def _exceptional_rows(self) -> tuple[Tensor | None, Tensor]:
-        """The rows that are not cut at tau, and what they get in place of R [e, m]; sets ``row_tau`` under "cap"."""
-        mode, m = self.problem.call.empty_rows, self.shape[2]
-        none = (None, self.probs)
+    def _exceptional_rows(self) -> Tensor | None:
+        """The rows that are not cut at tau; sets ``row_tau`` under "cap"."""
+        mode = self.problem.call.empty_rows
         if mode == "zero":
-            return none
-        largest = self.probs.amax(dim=-1, keepdim=True)
-        safe = 2 * self.problem.highest if mode == "cap" else self.problem.highest
-        if float(largest.amin()) > safe:  # mostly so; then no row has to be looked at by itself
-            return none
-        which = largest / 2 < self.tau if mode == "cap" else largest <= self.tau
+            return None
+        if mode == "cap":
+            half = self.probs.amax(dim=-1, keepdim=True) / 2
+            which = half < self.tau
+            self.row_tau = torch.where(which, half, self.tau)
+        else:
+            which = self.z == 0  # exactly the rows without a survivor: p - tau > 0 wherever p > tau
         if self.masked_rows is not None:
             which = which & ~self.masked_rows
         index = which.flatten().nonzero().squeeze(1)
-        if index.numel() == 0:
-            return none
-        row = self.probs.view(-1, m)[index]  # under "dense" the plain softmax takes the place of R
+        return index if index.numel() else None
+
+    def _replacements(self, index: Tensor) -> Tensor:
+        """What the rows ``index`` [e] get in place of R [e, m]."""
+        mode = self.problem.call.empty_rows
+        row = self.probs.view(-1, self.shape[2])[index]  # under "dense" the plain softmax takes the place of R
         if mode == "top1":
-            row = torch.zeros_like(row).scatter_(-1, row.argmax(dim=-1, keepdim=True), 1.0)
-        elif mode == "cap":
-            half = largest / 2
-            self.row_tau = torch.where(which, half, self.tau)
-            row = row.sub_(half.flatten()[index, None]).relu_()
-        return index, row
+            return torch.zeros_like(row).scatter_(-1, row.argmax(dim=-1, keepdim=True), 1.0)
+        if mode == "cap":
+            return row.sub_(row.amax(dim=-1, keepdim=True) / 2).relu_()
+        return row
 
     def _draw_dropout(self, draws: torch.Generator) -> Tensor:
         share = self.problem.call.dropout_p
