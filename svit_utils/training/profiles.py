@@ -57,6 +57,7 @@ class Profile:
         rho: PlantedShapes only: how often a picture's background belongs to its class, in training and validation. Test
             pictures always have rho = 0.
         val_images, test_images: how many are used, the first ones; None for all.
+        takes: what has to be fetched and how long a run takes, where that is more than a few minutes.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Profile:
     rho: float = 0.0
     val_images: int | None = None
     test_images: int | None = None
+    takes: str = ""
 
     def with_steps(self, steps: int) -> Profile:
         """The same recipe over another number of steps; the warm-ups keep their share of the run."""
@@ -90,7 +92,7 @@ class Profile:
             f"profile {self.name}: {self.summary}\n"
             f"  data {self.data}, model {self.model} at {self.img_size} px, start {self.start}\n"
             f"  {c.steps} steps of {c.batch_size * c.grad_accumulation} images, AdamW {c.lr:g} {c.schedule}, "
-            f"{cut}"
+            f"{cut}" + (f"\n  takes {self.takes}" if self.takes else "")
         )
 
     @property
@@ -140,6 +142,9 @@ GPU = Profile(
         log_every=50,
     ),
     augment=True,
+    # 135,000 images forward and backward, at 3 x 35 billion operations each
+    takes="CIFAR-10 (170 MB) and timm's weights (346 MB) from the network, once; 1.4e16 operations a run: estimated at "
+    "minutes on an A100 or H100 and an hour or more on Colab's T4. SVIT_PROFILE=cpu takes a minute or two",
 )
 PAPER_EPOCH = CIFAR10_TRAIN // 16  # steps
 # What the card leaves open is left at torch's defaults: weight decay 0.01, no clipping, no augmentation, no warm-up of
@@ -161,6 +166,8 @@ PAPER = replace(
         log_every=100,
     ),
     augment=False,
+    takes="CIFAR-10 (170 MB) and timm's weights (346 MB) from the network, once; 3.3e17 operations a run: an hour or "
+    "more on an A100 or H100, a day or more on smaller GPUs",
 )
 PROFILES = {profile.name: profile for profile in (SMOKE, CPU, GPU, PAPER)}
 

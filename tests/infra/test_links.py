@@ -167,8 +167,9 @@ import subprocess, sys, types
 if COLAB: sys.modules["google.colab"] = types.ModuleType("google.colab")
 called = []
 def run(command, check):
-    assert check and command[:6] == [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    assert command[:6] == [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     called.append(command[6:])
+    return subprocess.CompletedProcess(command, STATUS)
 subprocess.run = run
 import importlib.machinery, importlib.util
 there = importlib.util.find_spec
@@ -179,9 +180,12 @@ importlib.util.find_spec = find_spec
 """
 
 
-def run_setup_cell(folder: Path, package: str | None, gone: set[str], *, on_colab: bool) -> tuple[list[str], str]:
+def run_setup_cell(
+    folder: Path, package: str | None, gone: set[str], *, on_colab: bool, status: int = 0
+) -> tuple[list[str], str]:
     """Run the cell in an empty process whose machine lacks the modules ``gone``: (lines it prints, its error)."""
-    program = f"COLAB, GONE = {on_colab}, {gone!r}\n{PRETENDED}\nexec({stamp.setup_source(package)!r})\nprint(called)"
+    start = f"COLAB, GONE, STATUS = {on_colab}, {gone!r}, {status}"
+    program = f"{start}\n{PRETENDED}\nexec({stamp.setup_source(package)!r})\nprint(called)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.splitlines(), done.stderr
@@ -219,6 +223,24 @@ def test_setup_cell_says_what_to_do_without_a_wheel(tmp_path: Path) -> None:
     printed, error = run_setup_cell(tmp_path, None, {"svit_utils"}, on_colab=True)
     assert printed == []
     assert "FileNotFoundError: Upload selectivevit-….whl" in error
+
+
+def test_setup_cell_says_when_a_package_cannot_be_had(tmp_path: Path) -> None:
+    _, error = run_setup_cell(tmp_path, REPOSITORY, {"captum"}, on_colab=True, status=1)
+    assert "RuntimeError: pip could not install captum, and says why above" in error.splitlines()[-1]
+
+
+def test_a_colab_with_an_old_torch_is_said_and_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colab.metadata, "version", lambda package: "2.6.0+cu124" if package == "torch" else "2.0.2")
+    monkeypatch.setattr(colab.subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be installed"))
+    with pytest.raises(RuntimeError, match=r"torch 2\.6\.0\+cu124 is older than 2\.7: choose a newer runtime"):
+        colab.prepare()
+
+
+def test_the_oldest_versions_on_colab_are_those_of_pyproject() -> None:
+    text = (links.notebooks.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for package, oldest in colab.KEPT.items():
+        assert f'"{package}>={".".join(map(str, oldest))}"' in text
 
 
 def test_the_book_is_published_with_buttons_that_lead_to_its_own_repository() -> None:

@@ -402,3 +402,15 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "examples:" in capsys.readouterr().out
+
+
+def test_a_gpu_runtime_gets_its_profile_by_itself_and_is_told_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SVIT_PROFILE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = str(get_profile())
+    assert said.startswith("profile gpu") and "170 MB" in said and "346 MB" in said and "SVIT_PROFILE=cpu" in said
+    parameters = sum(p.numel() for p in create_model("vit_base_patch16_224").parameters())
+    assert round(4e-6 * parameters) == 346  # MB in float32
+    operations = 6 * parameters * 197 * PROFILES["gpu"].config.steps * PROFILES["gpu"].config.batch_size
+    assert operations == pytest.approx(1.4e16, rel=0.05)  # two a weight and token forward, four backward
+    assert "takes" not in str(PROFILES["cpu"])  # what chapter 3 shows without a GPU stays as it was
