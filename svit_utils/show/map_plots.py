@@ -119,8 +119,7 @@ def attention_rows(image: Any, rows: Mapping[str, Any], *, mask: Any | None = No
             axis.set_title(f"head {h}")
         axes[0, 0].set_title("image")
         figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=30, label="weight (square-root scale); crosses: exactly 0")
-        if title:
-            figure.suptitle(title)
+        figure.suptitle(title)
     zeros = ", ".join(f"{name} {(values == 0).mean():.0%}" for name, values in weights.items())
     text = f"Attention of one query over the patches in {heads} heads, a row each for {', '.join(rows)}, beside the "
     return with_alt(figure, f"{text}image and on one colour scale; crossed out as exactly zero: {zeros}.")
