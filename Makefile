@@ -62,7 +62,7 @@ doctor: $(STAMP) ## versions, device, data and weights found
 	$(PY) -m svit_utils doctor
 
 .PHONY: test
-test: test-unit test-notebooks test-mutants ## everything but the browser: unit tests, every chapter's outputs, two chapters' mutants
+test: test-unit test-notebooks test-mutants ## everything but browser and attacks: unit tests, every chapter's outputs, two chapters' mutants
 
 .PHONY: test-unit
 test-unit: $(STAMP) ## unit, property and parity tests
@@ -83,6 +83,10 @@ test-mutants: $(STAMP) ## the two quickest chapters must notice a broken operato
 .PHONY: mutants
 mutants: $(STAMP) ## every chapter must notice a broken operator
 	$(PY) -m tools.mutants --jobs $(JOBS)
+
+.PHONY: test-grader
+test-grader: $(STAMP) ## attacks on the grader (Linux; fails where there is no sandbox to attack)
+	$(ONE_THREAD) $(PY) -m pytest -q tests/grader -m grader -n $(JOBS) --dist loadfile
 
 .PHONY: test-browser
 test-browser: $(STAMP) ## JupyterLab and the book in headless Chromium (needs Chromium, or CHROMIUM=/path/to/it)
@@ -129,10 +133,10 @@ course: $(STAMP) ## build the coursework into build/course/ (REPO=owner/name: wh
 	$(PY) -m svit_course build $(if $(REPO),--repository $(REPO))
 
 .PHONY: grade
-grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder (ASSIGNMENT=b SECONDS=20 CELL=60 TOTAL=300 MEMORY=2)
+grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder (ASSIGNMENT=b SECONDS=20 CELL=60 TOTAL=300 MEMORY=2 TRUST=yes)
 	@test -n "$(SUBMISSIONS)" || { echo "make grade SUBMISSIONS=folder, with a folder per student in it; see notebooks/assignments/lecturer.md" >&2; exit 2; }
 	$(PY) -m svit_course grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
-	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CELL),--cell $(CELL)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY))
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CELL),--cell $(CELL)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY)) $(if $(TRUST),--trust)
 
 .PHONY: test-course
 test-course: $(STAMP) ## only the coursework's tests: planted answers, grading, nbgrader

@@ -11,7 +11,10 @@ from svit_utils.paths import repo_root
 
 COMMANDS = {"build": "svit_course.build", "grade": "svit_course.grading.command"}
 # What a command needs beyond the library's own packages: the extra `course` in pyproject.toml.
-NEEDED = {"build": ("nbformat", "nbgrader", "hatchling"), "grade": ("nbformat", "IPython", "jinja2", "pygments")}
+NEEDED = {
+    "build": ("nbformat", "nbgrader", "hatchling"),
+    "grade": ("nbformat", "IPython", "jinja2", "pygments", "psutil"),
+}
 USAGE = """\
 usage: python -m svit_course build|grade ...
 

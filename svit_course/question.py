@@ -50,6 +50,8 @@ class Question:
         judge: ``(case, seen)`` -> None, or raises `Wrong`. Arrays come as NumPy arrays.
         hints: a ladder: where to look, what to do, nearly how.
         section: where the book explains it, for example ``"chapter 1, section 2"``.
+        prepare: case -> case with the inputs in it that only a reference can compute: the probe, which runs beside the
+            student's code, is not to need one.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Question:
     judge: Callable[[Case, Seen], None]
     hints: tuple[str, ...]
     section: str
+    prepare: Callable[[Case], Case] | None = None
 
 
 def questions(assignment: str) -> tuple[Question, ...]:
@@ -89,6 +92,11 @@ def question(name: str) -> Question:
     )
 
 
+def prepared(asked: Question, case: Case) -> Case:
+    """The case as the probe takes it."""
+    return case if asked.prepare is None else asked.prepare(case)
+
+
 def ask(asked: Question, answers: Sequence[Any], case: Case) -> Seen:
     """The first half: run the answer on one case. What it raises comes out as `Wrong`, with a sentence.
 
@@ -96,7 +104,7 @@ def ask(asked: Question, answers: Sequence[Any], case: Case) -> Seen:
         Wrong: the probe refuses the answer, or it raises; the message begins with question and case.
     """
     try:
-        return {key: plain(value) for key, value in asked.probe(case, *answers).items()}
+        return {key: plain(value) for key, value in asked.probe(prepared(asked, case), *answers).items()}
     except Wrong as wrong:
         raise Wrong(f"{asked.name}, {case['what']}: {wrong}") from None
     except Exception as error:

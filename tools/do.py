@@ -37,6 +37,7 @@ RECIPES: dict[str, str] = {
     "test-alone": f"SVIT_ALONE=1 {ONE_THREAD} python -m pytest -q tests/infra/test_wheel.py -n {{JOBS}}",
     "test-mutants": "python -m tools.mutants --quick --jobs {JOBS}",
     "mutants": "python -m tools.mutants --jobs {JOBS}",
+    "test-grader": f"{ONE_THREAD} python -m pytest -q tests/grader -m grader -n {{JOBS}} --dist loadfile",
     "test-browser": "python -m pytest -q tests/browser -m browser",
     "stored": "python -m tools.walkthrough --store {CHAPTER}",
     "links": "python -m tools.links [REPO? --repository {REPO}]",
@@ -49,7 +50,8 @@ RECIPES: dict[str, str] = {
     "check-results": "python -m tools.check_results",
     "course": "python -m svit_course build [REPO? --repository {REPO}]",
     "grade": "python -m svit_course grade {SUBMISSIONS!} --jobs {JOBS} [ASSIGNMENT? --assignment {ASSIGNMENT}]"
-    " [SECONDS? --seconds {SECONDS}] [CELL? --cell {CELL}] [TOTAL? --total {TOTAL}] [MEMORY? --memory {MEMORY}]",
+    " [SECONDS? --seconds {SECONDS}] [CELL? --cell {CELL}] [TOTAL? --total {TOTAL}] [MEMORY? --memory {MEMORY}]"
+    " [TRUST? --trust]",
     "test-course": f"{ONE_THREAD} python -m pytest -q tests/course -n {{JOBS}} --dist loadfile",
     "lint": "python -m ruff check .\n"
     "python -m ruff format --check svit_utils svit_course research tests tools benchmarks conftest.py\n"

@@ -95,8 +95,19 @@ pre { background: var(--soft) !important; }
 {% elif question.text %}
 <details open><summary>The answer</summary><pre>{{ question.text }}</pre></details>
 {% endif %}
+{% for name, cell in question.elsewhere %}
+<p class="small">What was graded as <code>{{ name }}</code> was last defined by cell {{ cell }}, below.</p>
+{% endfor %}
 </section>
 {% endfor %}
+{% if own %}
+<section>
+<h2>Your other cells, as they were run</h2>
+{% for cell, source in own.items() %}
+<details><summary>Cell {{ cell }} of the notebook</summary><pre>{{ source }}</pre></details>
+{% endfor %}
+</section>
+{% endif %}
 </body>
 </html>
 """)
@@ -121,7 +132,8 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
     submission = graded.submission
     path = folder / submission.student / f"{submission.assignment}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    sections = {q.name: q.section for q in questions(submission.assignment[0])}
+    coded = questions(submission.assignment[0])
+    sections = {q.name: q.section for q in coded}
     shown: dict[str, dict[str, Any]] = {}
     for mark in graded.marks:
         about = shown.setdefault(
@@ -137,6 +149,8 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
         coloured = is_code and len(source) < 20_000
         about["code"] = highlight(source, PythonLexer(), HtmlFormatter()) if source and coloured else ""
         about["text"] = "" if coloured else source
+        asked = next((q.answers for q in coded if q.name == name), ())
+        about["elsewhere"] = [(n, graded.origin[n]) for n in asked if graded.origin.get(n, name) != name]
         about["pictures"] = [base64.b64encode(data).decode() for data in graded.pictures.get(name, [])]
         about["rubric"] = rubric().get(name, ()) if by_hand else ()
         about["full"] = all(mark.marks == mark.out_of for mark in about["marks"])
@@ -149,6 +163,7 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
         if any(m.marks is None for m in graded.marks)
         else "",
         notes=graded.notes,
+        own={cell: _BLANK.sub("\n\n\n", source) for cell, source in graded.own.items()},
         # By number: a, b, c of the names sort as text, a10 would not.
         questions=sorted(shown.values(), key=lambda q: int(re.sub(r"\D", "", q["name"]) or 0)),
         status=STATUS,

@@ -14,6 +14,7 @@ from typing import Any
 
 from svit_course.grading.feedback import write_feedback
 from svit_course.grading.runs import Graded
+from svit_course.grading.submissions import JOINERS, canonical
 from svit_utils.files import write_rows
 
 MARKS = ("student", "assignment", "question", "test", "marks", "out_of", "status", "message")
@@ -37,7 +38,11 @@ def write_reports(everything: Sequence[Graded], out: Path) -> Path:
     hand = marks_by_hand(out / "by_hand.csv")
     now = {_who(graded) for graded in everything}
     lines, totals = (
-        [row for row in _read(out / name)[1] if (row.get("student", ""), row.get("assignment", "")) not in now]
+        [
+            row
+            for row in _read(out / name)[1]
+            if (canonical(row.get("student", "")), row.get("assignment", "")) not in now
+        ]
         for name in ("marks.csv", "totals.csv")
     )
     for graded in everything:
@@ -46,14 +51,15 @@ def write_reports(everything: Sequence[Graded], out: Path) -> Path:
         graded.notes = [_harmless(note) for note in graded.notes[:NOTES]]
         lines += _lines(graded)
         totals.append(_total(graded, still_open))
-    write_table(out / "marks.csv", MARKS, lines)
-    write_table(out / "by_hand.csv", BY_HAND, list(hand.values()))
-    write_table(out / "totals.csv", TOTALS, totals)
+    # Whichever submission was finished first: by student and assignment, questions as they stand in the master.
+    write_table(out / "marks.csv", MARKS, sorted(lines, key=_place))
+    write_table(out / "by_hand.csv", BY_HAND, sorted(hand.values(), key=_place))
+    write_table(out / "totals.csv", TOTALS, sorted(totals, key=_place))
     for graded in everything:
         try:
             write_feedback(graded, out / "feedback")
         except Exception as error:  # one page that cannot be written must not cost the others theirs
-            print(f"  no feedback for {writable(graded.submission.student)}: {error}", file=sys.stderr)
+            print(f"  no feedback for {canonical(graded.submission.student)}: {error}", file=sys.stderr)
     return out
 
 
@@ -80,6 +86,7 @@ def marks_by_hand(path: Path) -> Hand:
             if not inside:
                 raise ValueError(f"{path}, line {number}: marks are a number from 0 to {row['out_of']}, not {text!r}")
             row["marks"] = text
+        row["student"] = canonical(row["student"])
         found[row["student"], row["assignment"], row["question"]] = row
     return found
 
@@ -104,8 +111,12 @@ def enter_marks_by_hand(graded: Graded, hand: Hand) -> list[str]:
     return still_open
 
 
+def _place(row: dict[str, str]) -> tuple[str, str]:
+    return row.get("student", ""), row.get("assignment", "")
+
+
 def _who(graded: Graded) -> tuple[str, str]:
-    return writable(graded.submission.student), graded.submission.assignment
+    return canonical(graded.submission.student), graded.submission.assignment
 
 
 def _lines(graded: Graded) -> list[dict[str, str]]:
@@ -173,7 +184,7 @@ def _number(value: float) -> str:
 
 
 def _harmless(text: str) -> str:
-    """A cell of sane length that a spreadsheet does not take for a formula."""
+    """A cell of sane length that a spreadsheet does not take for a formula, without control characters."""
     text = " ".join(writable(text).split())
     text = f"{text[:MESSAGE]} …" if len(text) > MESSAGE else text
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
@@ -185,5 +196,5 @@ def _honest(text: str) -> str:
 
 
 def writable(text: str) -> str:
-    """Lone surrogates, which a Python string may hold and a UTF-8 file may not, as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """What cannot be printed, lone surrogates and what steers a terminal included, as escapes; spaces stay."""
+    return "".join(c if c.isprintable() or c.isspace() or c in JOINERS else ascii(c)[1:-1] for c in text)

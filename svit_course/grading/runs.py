@@ -1,29 +1,30 @@
-"""Run one submission in a sandbox and judge it.
+"""Run one submission in a sandbox and have it judged in another.
 
-Its functions are called in the sandbox (`svit_course.sandbox`), and what they return is judged here, outside: marks and
-verdicts never enter the sandbox, and a hidden case enters it when it is asked. The checks are loaded there, because
-their probes call the functions: code that digs in its own process can find how a question is judged.
+Its functions are called in the first; what they return goes to the second unread. Marks and verdicts never enter the
+first, and a hidden case enters it when it is asked: last of all, and after it nothing is quoted any more that the
+submission has said.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import stat
-import time
+import base64
+import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svit_course import Question, Wrong, masters, notebooks, questions
-from svit_course.grading.submissions import Submission, borrows, plan, read
+from svit_course import Question, masters, questions
+from svit_course.grading import probes
+from svit_course.grading.submissions import Submission, contents
 from svit_course.masters import Cell
-from svit_course.question import decide
 from svit_course.sandbox.sandbox import Ended, Limits, Sandbox
 
-LONGEST = 200_000  # characters of a cell
 ENDS = ("time", "memory", "processes", "files", "crash")  # statuses that have ended a process
+TESTS = ("visible", "hidden")
+JUDGING = 120.0  # seconds of processor time
+PICTURE = 4 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -40,51 +41,98 @@ class Mark:
 
 @dataclass
 class Graded:
-    """A submission's marks, and what the feedback shows: its answers' sources, its pictures (PNG)."""
+    """A submission's marks, and what the feedback shows.
+
+    ``sources``: of the answers; ``own``: of all other cells that were run, by the number of the cell; ``origin``: which
+    cell last gave a name its value; ``pictures``: PNG files; ``slow``: the clock has ended something.
+    """
 
     submission: Submission
     marks: list[Mark] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+    own: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, list[bytes]] = field(default_factory=dict)
+    slow: bool = False
 
 
-def grade(submission: Submission, bounds: Limits, secret: Sequence[Path] = ()) -> Graded:
-    """Run a submission and judge it. Whatever it does ends as marks and messages.
+class Judge:
+    """The sandbox in which notebooks are read and answers are judged, for all submissions, one at a time."""
+
+    def __init__(self, hide: Sequence[Path] = (), trusted: bool = False) -> None:
+        self._sandbox = Sandbox("judge", Limits(total=float("inf")), {}, hide, trusted)
+        self._turn = threading.Lock()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sandbox.close()
+
+    def ask(self, message: dict[str, Any], data: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        """See `svit_course.grading.judge`.
+
+        Raises:
+            Ended: what was handed to it is more than it can bear.
+        """
+        with self._turn:
+            if not self._sandbox.running:
+                self._sandbox.start()
+            return self._sandbox.ask(message, data, JUDGING)
+
+
+def grade(
+    submission: Submission, bounds: Limits, judge: Judge, hide: Sequence[Path] = (), trusted: bool = False
+) -> Graded:
+    """Run a submission and have it judged. Whatever it does ends as marks and messages.
 
     Args:
-        secret: folders that it must not read, besides the masters.
+        hide: folders that it must not see, besides the repository.
+        trusted: run it without a sandbox.
     """
-    graded = Graded(submission)
-    notebook = notebooks.read(masters.master(submission.assignment))
-    original = masters.cells(notebook)
-    asked = {q.name: q for q in questions(submission.assignment[0])}
-    mine: list[Cell] = []
+    setup = {"probes": probes.sources(submission.assignment[0])}
+    with Sandbox("student", bounds, setup, hide, trusted) as sandbox:
+        return grade_in(sandbox, submission, judge)
+
+
+def grade_in(sandbox: Sandbox, submission: Submission, judge: Judge) -> Graded:
+    """`grade`, in a sandbox that is there."""
+    graded, letter = Graded(submission), submission.assignment[0]
+    cells: list[dict[str, str]] = []
     try:
-        mine = read(submission)
-    except ValueError as error:
+        answer, data = judge.ask({"read": letter}, contents(submission.path))
+        if problem := answer.get("wrong"):
+            raise ValueError(problem)
+        found = json.loads(data)
+        cells, graded.notes = found["cells"], found["notes"]
+    except Ended as ended:
+        graded.notes.append(f"the notebook cannot be read: {ended.message}")
+    except (ValueError, OSError) as error:
         graded.notes.append(str(error))
-    theirs = {cell.id for cell in original if cell.part in ("answer", "plot", "written")}
-    graded.sources = {cell.id: cell.source for cell in mine if cell.id in theirs}
-    # Decided by the master alone: whether an answer that names the library is refused.
-    strict = not masters.library_allowed(notebook)
-    with Sandbox(bounds, [masters.ASSIGNMENTS, *secret], submission.assignment[0]) as sandbox:
-        run = Run(graded, asked, plan(mine, original) if mine else [], sandbox, strict)
-        run.judge([cell for cell in original if cell.part in ("visible", "hidden")])
-    for cell in original:
-        if cell.part in ("plot", "written"):
-            if cell.id in graded.sources:
-                graded.marks.append(Mark(cell.id, "by hand", None, cell.points, "by hand"))
+    for cell in cells:
+        if cell["part"] in ("answer", "plot", "written"):
+            before = graded.sources.get(cell["id"])
+            graded.sources[cell["id"]] = cell["source"] if before is None else f"{before}\n\n{cell['source']}"
+        elif cell["part"] == "own":
+            graded.own[cell["id"]] = cell["source"]
+    original = masters.read_cells(masters.master(letter))
+    run = Run(graded, [cell for cell in cells if cell["part"] != "written"], sandbox, judge)
+    run.judge([cell for cell in original if cell.part in TESTS])
+    for asked in original:
+        if asked.part in ("plot", "written"):
+            if asked.id in graded.sources:
+                graded.marks.append(Mark(asked.id, "by hand", None, asked.points, "by hand"))
             else:
-                sentence = f"the cell {cell.id} is not there: was it deleted?"
-                graded.marks.append(Mark(cell.id, "by hand", 0.0, cell.points, "missing", sentence))
+                sentence = f"the cell {asked.id} is not there: was it deleted?"
+                graded.marks.append(Mark(asked.id, "by hand", 0.0, asked.points, "missing", sentence))
     return graded
 
 
 def not_graded(submission: Submission, sentence: str) -> Graded:
     """Zero for every test, so that the submission is not missing from the lists."""
     cells = [cell for cell in masters.read_cells(masters.master(submission.assignment)) if cell.points]
-    tests = [cell for cell in cells if cell.part in ("visible", "hidden")]
+    tests = [cell for cell in cells if cell.part in TESTS]
     marks = [Mark(cell.question, cell.part, 0.0, cell.points, "not graded", sentence) for cell in tests]
     marks += [Mark(c.id, "by hand", None, c.points, "by hand") for c in cells if c.part in ("plot", "written")]
     return Graded(submission, marks, [sentence])
@@ -95,30 +143,25 @@ class Run:
 
     Args:
         graded: is given the marks, notes and pictures.
-        asked: the questions by name.
-        cells: what `svit_course.grading.submissions.plan` says.
-        strict: refuse answers that name the library.
+        cells: what `svit_course.grading.reading.read` says.
     """
 
-    def __init__(
-        self, graded: Graded, asked: dict[str, Question], cells: Sequence[Cell], sandbox: Sandbox, strict: bool
-    ) -> None:
-        self.graded, self.asked, self.sandbox, self.bounds = graded, asked, sandbox, sandbox.bounds
+    def __init__(self, graded: Graded, cells: Sequence[dict[str, str]], sandbox: Sandbox, judge: Judge) -> None:
+        self.graded, self.sandbox, self.bounds, self._judge = graded, sandbox, sandbox.bounds, judge
         self.cells = list(cells)
-        self.failed: dict[str, tuple[str, str]] = {}  # cell to status and message
-        self.until = time.monotonic() + self.bounds.total
+        self.asked = {q.name: q for q in questions(graded.submission.assignment[0])}
+        self.failed: dict[str, tuple[str, str]] = {}  # a cell, or the question that it answers: status and message
+        self.done: set[int] = set()  # plots that were drawn
+        self.quoting = True  # until the first hidden case
         for cell in cells:
-            if len(cell.source) > LONGEST:
-                self._note(cell, "refused", f"it has more than {LONGEST:,} characters")
-        for cell in cells:
-            if strict and cell.part in ("answer", "own") and cell.id not in self.failed and borrows(cell.source):
-                sentence = "it names svit_utils: the answer is to be written, not imported"
-                self.failed[cell.id] = ("refused" if cell.part == "answer" else "not run", sentence)
+            if refused := cell["refused"]:
+                self._note(cell, "refused" if cell["part"] == "answer" else "not run", refused)
 
     def judge(self, tests: Sequence[Cell]) -> None:
-        """Add a mark for each of the master's tests."""
+        """Add a mark for each of the master's tests, in their order; those with hidden cases are asked last."""
         ended: dict[str, str] = {}
-        for test in tests:
+        marks: dict[str, Mark] = {}
+        for test in sorted(tests, key=lambda cell: cell.part == "hidden"):
             if not self.cells:
                 status, message = "missing", "there is no code to run"
             elif test.question in ended:  # once is enough: every such end costs a new start
@@ -127,13 +170,14 @@ class Run:
                 status, message = self._test(test)
                 if status in ENDS:
                     ended[test.question] = status
-            marks = test.points if status == "ok" else 0.0
-            self.graded.marks.append(Mark(test.question, test.part, marks, test.points, status, message))
+            got = test.points if status == "ok" else 0.0
+            marks[test.id] = Mark(test.question, test.part, got, test.points, status, message)
+        self.graded.marks += [marks[test.id] for test in tests]
 
     def _test(self, test: Cell) -> tuple[str, str]:
         """Status and message of one test of one question."""
-        about = self.asked[test.question]
-        cases = about.cases if test.part == "visible" else tuple(masters.hidden_cases(test))
+        about, hidden = self.asked[test.question], test.part == "hidden"
+        cases = masters.hidden_cases(test) if hidden else about.cases
         try:
             sandbox = self._ready()
         except Ended as ended:
@@ -142,31 +186,42 @@ class Run:
         status, said = self.failed.get(test.question, ("", ""))
         if status in ("refused", *ENDS):
             return status, said
-        until = time.monotonic() + self.bounds.seconds
-        for case in cases:
+        begun = sandbox.used()
+        for number, case in enumerate(cases):
+            what = f"{about.name}, {case['what']}: "
+            place = {"question": about.name, "hidden": hidden, "number": number}
             try:
-                seconds = min(until, self.until) - time.monotonic()
-                answer = sandbox.ask({"question": about.name, "case": dict(case)}, max(0.1, seconds))
+                _, sent = self._judge.ask({"prepare": "", **place})
+                self.quoting = self.quoting and not hidden
+                left = self.bounds.seconds - (sandbox.used() - begun)
+                asked = {"question": about.name, "answers": about.answers}
+                answer, seen = sandbox.ask(asked, sent, max(0.1, left))
             except Ended as ended:
+                self.graded.slow |= ended.by_clock
                 sentence = ended.message
-                if ended.status == "time":  # of all cases together, not of what was left for this one
+                if ended.status == "time" and not ended.by_clock:  # of all cases, not of what was left for this one
                     sentence = f"stopped after {self.bounds.seconds:g} seconds: an endless loop, or far too slow?"
-                return ended.status, f"{about.name}, {case['what']}: {sentence}"
+                return ended.status, what + sentence
             if missing := answer.get("missing"):
-                return self._missing(about, [str(name) for name in missing], answer.get("defined"), said)
-            if refused := answer.get("refused"):
-                return "refused", f"{about.name}, {case['what']}: {refused}"
-            if error := answer.get("error"):
-                return "wrong", f"{about.name}, {case['what']}: {error}"
-            if wrong := answer.get("wrong"):
-                return "wrong", wrong
-            try:
-                decide(about, case, answer.get("seen") or {})
-            except Wrong as judged:
-                return "wrong", str(judged)
+                return self._missing(about, [name for name in about.answers if name in missing], answer, said)
+            if self.quoting:
+                self.graded.origin.update(zip(about.answers, map(str, answer.get("origin", ()))))
+            if wrong := self._verdict(place, answer, seen):
+                return "wrong", wrong if wrong.startswith(what) else what + wrong
         return "ok", ""
 
-    def _missing(self, about: Question, names: list[str], defined: Any, said: str) -> tuple[str, str]:
+    def _verdict(self, place: dict[str, Any], answer: dict[str, Any], seen: bytes) -> str:
+        """What is wrong; "" if nothing is. Of a hidden case only in words of ours."""
+        said = answer.get("wrong") or answer.get("error")
+        try:
+            if said and place["hidden"]:
+                return str(self._judge.ask({"raised": said, **place})[0].get("wrong", "it stops"))
+            return said or str(self._judge.ask(place, seen)[0].get("wrong", ""))
+        except Ended as ended:
+            self.graded.slow |= ended.by_clock
+            return f"what it returns cannot be judged: {ended.message}"
+
+    def _missing(self, about: Question, names: list[str], answer: dict[str, Any], said: str) -> tuple[str, str]:
         """Why the answer's names are not there: its cell failed and ``said`` so, is gone, or defines others."""
         if said:
             return "wrong", said
@@ -174,8 +229,8 @@ class Run:
             where = f"the cell {about.name} is not there: was it deleted?"
         else:
             where = "was it renamed?"
-            others = [str(name) for name in defined or [] if str(name) in self.graded.sources.get(about.name, "")]
-            if others:
+            others = [str(n) for n in answer.get("defined", ()) if str(n) in self.graded.sources.get(about.name, "")]
+            if others and self.quoting:
                 where += f" The cell defines {', '.join(others[:3])}"
         return "missing", f"{about.name}: there is no {' and no '.join(names)}: {where}"
 
@@ -186,54 +241,54 @@ class Run:
             Ended: the submission's time is up.
         """
         while not self.sandbox.running:
-            if time.monotonic() > self.until:
-                raise Ended("time", f"the whole submission took more than {self.bounds.total:g} seconds")
+            if over := self.sandbox.over():
+                raise Ended("time", over)
             self.sandbox.start()
             self._run_cells()
         return self.sandbox
 
     def _run_cells(self) -> None:
         """Run the cells one after the other, until one of them ends the process."""
-        for cell in self.cells:
-            if time.monotonic() > self.until:
-                self.sandbox.stop()
-                return
-            if self.failed.get(cell.id, ("",))[0] not in ("", "wrong"):
+        for number, cell in enumerate(self.cells):
+            if self.failed.get(str(number), ("",))[0] not in ("", "wrong") or number in self.done:
                 continue
-            message = {"cell": cell.id, "source": cell.source, "pictures": cell.part == "plot"}
+            plot = cell["part"] == "plot"
+            message = {"cell": cell["id"], "plot": plot}
             try:
-                answer = self.sandbox.ask(message, min(self.bounds.cell, max(0.1, self.until - time.monotonic())))
+                answer, data = self.sandbox.ask(
+                    message, cell["source"].encode("utf-8", "surrogatepass"), self.bounds.cell
+                )
             except Ended as ended:
+                self.graded.slow |= ended.by_clock
                 self._note(cell, ended.status, ended.message)
                 return
-            if refused := answer.get("refused"):
-                self._note(cell, "refused", refused)
-            elif problem := answer.get("error") or answer.get("wrong"):
+            if problem := answer.get("error") or answer.get("wrong"):
                 self._note(cell, "wrong", problem)
-            elif cell.part == "plot":
-                self.graded.pictures[cell.id] = list(pngs(self.sandbox.folder, answer.get("pictures")))
+            elif plot and self.quoting:
+                self.graded.pictures.setdefault(cell["id"], []).extend(pngs(data))
+            if plot:
+                self.done.add(number)
 
-    def _note(self, cell: Cell, status: str, message: str) -> None:
+    def _note(self, cell: dict[str, str], status: str, message: str) -> None:
         """Remember the first failure of a cell; of cells without a test it becomes a note for the student."""
-        if cell.id in self.failed:
+        number = str(next(n for n, other in enumerate(self.cells) if other is cell))
+        if number in self.failed:
             return
-        self.failed[cell.id] = (status, f"cell {cell.id}: {message}")
-        if cell.part != "answer":
-            self.graded.notes.append(f"cell {cell.id}: {message}")
+        if not self.quoting:
+            message = "it failed when the cells were run again"
+        self.failed[number] = (status, f"cell {cell['id']}: {message}")
+        if cell["part"] == "answer":
+            self.failed.setdefault(cell["id"], self.failed[number])
+        else:
+            self.graded.notes.append(f"cell {cell['id']}: {message}")
 
 
-def pngs(folder: Path, names: Any) -> Iterator[bytes]:
-    """The pictures that the sandbox drew, three at most. It may have put anything there: only PNG files of sane size.
-
-    Args:
-        names: file names, as the sandbox gives them.
-    """
-    for name in list(names or [])[:3]:
-        with contextlib.suppress(OSError, ValueError):
-            # Neither following a link nor waiting for a pipe, even if one takes the file's place meanwhile.
-            number = os.open(folder / Path(str(name)).name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with open(number, "rb") as file:
-                about = os.fstat(number)
-                data = file.read(4 * 2**20) if stat.S_ISREG(about.st_mode) else b""
-                if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) == about.st_size:
-                    yield data
+def pngs(data: bytes) -> Iterator[bytes]:
+    """The pictures that the sandbox drew, three at most. It may have sent anything: only PNG files of sane size."""
+    for line in data.split(b"\n", 3)[:3]:
+        try:
+            picture = base64.b64decode(line, validate=True)
+        except ValueError:
+            continue
+        if picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) <= PICTURE:
+            yield picture

@@ -1,22 +1,27 @@
-"""What was handed in: find the notebooks, read them, and say which of their cells are run."""
+"""What was handed in: find the notebooks, and whose they are."""
 
 from __future__ import annotations
 
-import ast
+import os
+import stat
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svit_course import masters
-from svit_course.masters import Cell
-from svit_course.stamp import SETUP_ID
 
-LARGEST = 20 * 2**20  # bytes of a notebook
+LARGEST = 512 * 2**20  # bytes of a notebook, outputs included: they are left out before anything else looks at them
+NAME = 100  # characters of a student's name
+JOINERS = "\u200c\u200d"  # of some scripts' letters and of emoji: not printable, and harmless
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A student's notebook; ``assignment`` is the file name of its master, without ``.ipynb``."""
+    """A student's notebook.
+
+    ``student``: as in every table, see `canonical`; ``assignment``: the file name of its master, without ``.ipynb``.
+    """
 
     student: str
     assignment: str
@@ -50,6 +55,7 @@ def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[
             strange.append(f"left out: {path.relative_to(folder)}: not the name of an assignment that was handed out")
         elif stem in wanted:
             found.append(Submission(student, stem, path))
+    found = _with_keys(found, strange)
     for (student, stem), several in _by_student(found).items():
         if len(several) > 1:
             newest = max(several, key=lambda s: s.path.stat().st_mtime)
@@ -71,61 +77,41 @@ def _by_student(found: Sequence[Submission]) -> dict[tuple[str, str], list[Submi
     return grouped
 
 
-def read(submission: Submission) -> list[Cell]:
-    """The cells of the notebook.
+def canonical(name: str) -> str:
+    """One way to write a name, whatever file system, spreadsheet or terminal it has been through.
+
+    Composed letters, single spaces, and escapes in the place of what cannot be printed.
+    """
+    spaced = " ".join(unicodedata.normalize("NFC", name).split())
+    shown = "".join(c if c.isprintable() or c in JOINERS else ascii(c)[1:-1] for c in spaced)
+    return shown[:NAME].strip() or "unnamed"
+
+
+def _with_keys(found: Sequence[Submission], strange: list[str]) -> list[Submission]:
+    """The submissions under canonical names. Folders whose names come out the same stay two students."""
+    keys: dict[str, str] = {}
+    for name in dict.fromkeys(submission.student for submission in found):
+        key, number = canonical(name), 1
+        while key in keys.values():
+            number += 1
+            key = f"{canonical(name)} ({number})"
+        if number > 1:
+            strange.append(f"{canonical(name)}: {number} folders have this name; the last of them is graded as {key}")
+        keys[name] = key
+    return [replace(submission, student=keys[submission.student]) for submission in found]
+
+
+def contents(path: Path) -> bytes:
+    """The bytes of a notebook. Neither a link is followed nor a pipe waited for.
 
     Raises:
-        ValueError: it cannot be read; the message says why.
+        ValueError: it is no file, or too large.
     """
-    try:
-        if submission.path.stat().st_size > LARGEST:
-            raise ValueError(f"larger than {LARGEST >> 20} MiB")
-        return masters.read_cells(submission.path)
-    except Exception as error:  # whatever a broken file makes nbformat raise
-        sentence = f"the notebook cannot be read ({type(error).__name__}: {str(error)[:200]})"
-        raise ValueError(sentence) from error
-
-
-def plan(mine: Sequence[Cell], original: Sequence[Cell]) -> list[Cell]:
-    """The cells to run: the student's, in their order, with the master's code wherever code was given.
-
-    Given cells that were deleted are put back where they were. Tests are left out: they are asked for later.
-    """
-    given = {cell.id: cell for cell in original if cell.part == "given"}
-    known = {cell.id: cell for cell in original}
-    cells = []
-    for cell in mine:
-        twin = known.get(cell.id)
-        if twin is not None:
-            cell = twin if twin.part == "given" else replace(cell, part=twin.part, tags=twin.tags)
-        if cell.part in ("visible", "hidden", "written") or cell.id == SETUP_ID:
-            continue
-        cells.append(cell)
-    present = {cell.id for cell in cells}
-    place = 0
-    for cell in original:
-        if cell.id in given and cell.id not in present:
-            cells.insert(place, cell)
-            place += 1
-        elif cell.id in present:
-            place = next(i for i, c in enumerate(cells) if c.id == cell.id) + 1
-    return list(masters.runnable(cells))
-
-
-def borrows(source: str) -> bool:
-    """Whether the code names `svit_utils`. An answer is to be written, not imported."""
-    try:
-        code = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
-        nodes = list(ast.walk(ast.parse("\n".join(code))))
-    except (SyntaxError, ValueError):
-        return False  # running it will say so
-    except (RecursionError, MemoryError):
-        return "svit_utils" in source
-    for node in nodes:
-        names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
-        names += [getattr(node, "module", None) or "", getattr(node, "id", "")]
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.count(" "):
-            names.append(node.value)
-        if any(str(name).split(".")[0] == "svit_utils" for name in names):
-            return True
-    return False
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(number, "rb") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError("the notebook cannot be read: it is no file")
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"the notebook cannot be read: larger than {LARGEST >> 20} MiB")
+    return data

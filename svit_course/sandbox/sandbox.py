@@ -1,87 +1,82 @@
-"""A submission's process, seen from outside: start it, ask it, and end it when it takes too long or too much.
+"""A sandbox seen from outside: start it, ask it, and end it when it takes too long or too much.
 
-nbgrader bounds the time of a cell and nothing else (jupyter/nbgrader#1429); here the grader watches time, resident
-memory and processes, twenty times a second, from outside of what it watches.
+nbgrader bounds the time of a cell and nothing else (jupyter/nbgrader#1429). Here processor time is what is limited,
+because wall time depends on what else the machine does; ten times a second it is read, with memory, processes and
+files, from outside of what is watched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
+import itertools
 import os
-import queue
 import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 from svit_course import notebooks
-from svit_course.sandbox import limits, wire
+from svit_course.sandbox import fence, wire
+from svit_utils.paths import data_dir, results_dir
 
-_TICK = 0.05
-_LIVE: weakref.WeakSet[Sandbox] = weakref.WeakSet()
-FORKS = sys.platform.startswith("linux")  # elsewhere a process that has loaded torch is not safely forked
+_TICK = 0.1
+_NUMBERS = itertools.count()
+WALL = 5  # seconds in which nothing happens for each of processor time; waiting for a busy machine does not count
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Attributes:
-    seconds: of an answer on all visible, or all hidden, cases.
-    cell: seconds of a cell.
-    total: seconds of a submission, starts included.
-    memory: resident bytes of its processes together.
-    processes: how many it may have.
-    files: bytes in its folder.
-    """
+    """Times are processor time; of a submission without what loading takes."""
 
-    seconds: float = 20.0
-    cell: float = 60.0
-    total: float = 300.0
-    memory: int = 2 * 2**30
-    processes: int = 16
-    files: int = 256 * 2**20
+    seconds: float = 20.0  # of an answer on all visible, or all hidden, cases
+    cell: float = 60.0  # of a cell
+    total: float = 300.0  # of a submission
+    memory: int = 2 * 2**30  # resident bytes of its processes together
+    processes: int = 16  # how many it may have
+    files: int = 256 * 2**20  # bytes that it may write
+    names: int = 10_000  # files and folders that it may make
 
 
 class Ended(Exception):
-    """The process is gone. ``status``: ``time``, ``memory``, ``processes``, ``files`` or ``crash``."""
+    """The process is gone. ``status``: time, memory, processes, files or crash; ``by_clock``: nothing happened."""
 
-    def __init__(self, status: str, message: str) -> None:
+    def __init__(self, status: str, message: str, by_clock: bool = False) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.by_clock = status, message, by_clock
 
 
 class Sandbox:
-    """The processes of one submission, one after the other, each with a folder of its own. Use it in a ``with``.
-
-    On Linux a process that has loaded torch and the checks waits, runs nothing of the submission, and forks one that
-    does: starting again after an endless loop then costs no second load.
+    """Processes of one kind, one after the other, forked by one that has loaded what they need. Use it in a ``with``.
 
     Args:
-        bounds: see `Limits`.
-        secret: folders that it must not read: masters, tests, the other submissions.
-        assignment: whose checks are loaded before the clock starts.
+        role: ``"student"`` or ``"judge"``, see `svit_course.sandbox.worker`.
+        setup: what the role wants to know.
+        hide: folders whose contents it must not see: other submissions, marks.
+        trusted: run it as a plain process, with the rights of the grader.
     """
 
-    def __init__(self, bounds: Limits, secret: Sequence[Path], assignment: str) -> None:
-        self.bounds, self.secret, self.assignment = bounds, secret, assignment
+    def __init__(
+        self, role: str, bounds: Limits, setup: dict[str, Any], hide: Sequence[Path] = (), trusted: bool = False
+    ) -> None:
+        self.role, self.bounds, self.hide, self.trusted = role, bounds, hide, trusted
+        self.setup = {**setup, "memory": bounds.memory, "tasks": 8 * bounds.processes}
         self.running = False
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._channel: socket.socket | None = None
-        self._lines: queue.Queue[bytes] = queue.Queue()
-        self._outer: Path | None = None
-        self._weighed = 0.0
-        _LIVE.add(self)
+        self._own: set[int] = set()
+        self._idled = 0.0
+        self._carried = self._loaded = 0.0  # processor time of processes that are gone; and of loading
 
     def __enter__(self) -> Sandbox:
         return self
@@ -89,60 +84,63 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def folder(self) -> Path:
-        """The working folder of the process that runs now. Its parent is the grader's alone."""
-        assert self._outer is not None
-        return self._outer / "work"
-
     def start(self) -> None:
-        """A fresh process in a fresh folder.
-
-        Raises:
-            RuntimeError: it does not start, which is not the submission's fault.
-        """
+        """A fresh process; RuntimeError where it does not start, which is not the submission's fault."""
         self.stop()
         for attempt in (1, 2):  # what a submission has left of the waiting process may be of no use
-            self._outer = Path(tempfile.mkdtemp(prefix="grading-"))
-            self.folder.mkdir()
             try:
                 if self._process is None:
                     self._load()
                 self._fork()
                 return
             except (Ended, OSError) as error:
-                self._kill()
-                self.stop()
+                self.close()
                 if attempt == 2:
                     raise RuntimeError(f"the sandbox does not start: {error}") from error
 
     def _load(self) -> None:
-        # HOME for matplotlib's cache of fonts; what runs the submission gets a home of its own.
-        wanted = ("PATH", "LANG", "HOME", "MPLCONFIGDIR", "SVIT_DATA_DIR")
-        passed = {key: value for key, value in os.environ.items() if key in wanted}
         mine, theirs = socket.socketpair()
-        with theirs:
-            number = str(theirs.fileno())
+        rules, writing = os.pipe()
+        with open(writing, "wb") as stream:
+            stream.write(b"" if self.trusted else fence.filtered())
+        uid = fence.FIRST_UID + (os.getpid() << 8) % 2**24 + next(_NUMBERS) % 256
+        program = [sys.executable, "-s", "-m", "svit_course.sandbox.worker", self.role, str(theirs.fileno()), str(uid)]
+        # `said` is what it says while it loads; nothing of a submission's gets there.
+        with tempfile.TemporaryFile() as said, theirs, open(rules, "rb"):
             self._process = subprocess.Popen(
-                [*limits.namespaces(), sys.executable, "-m", "svit_course.sandbox.worker", self.assignment, number],
+                program if self.trusted else self._fenced(program, rules),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                cwd=notebooks.ROOT,
+                stderr=said,
+                pass_fds=[theirs.fileno(), rules],
                 start_new_session=True,
-                env={
-                    **passed,
-                    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-                    "PYTHONPATH": str(notebooks.ROOT),
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                    "MPLBACKEND": "Agg",
-                    "CUDA_VISIBLE_DEVICES": "",
-                },
+                cwd="/",
+                env=_environment(self.trusted),
             )
-        self._control = mine
-        if self._heard(300) != b"loaded":
-            raise Ended("crash", "torch and the checks do not load: try `make doctor`")
+            theirs.close()
+            self._control = mine
+            mine.settimeout(600)
+            mine.sendall(wire.packed(self.setup, b""))
+            if self._heard(600) != b"loaded":
+                said.seek(0)
+                raise Ended("crash", f"torch and the checks do not load: {said.read()[-300:].decode(errors='replace')}")
+        # Bubblewrap's two processes and the one that waits; where there is no sandbox there is one for everything.
+        self._own = set() if self.trusted else {member.pid for member in self._family()}
+        self._loaded += self.used() - self._carried
+
+    def _fenced(self, program: Sequence[str], rules: int) -> list[str]:
+        root, here = notebooks.ROOT, notebooks.ROOT / "svit_course"
+        mine = [here, notebooks.NOTEBOOKS / "assignments"] if self.role == "judge" else [here / "sandbox"]
+        mine += [
+            *(root / name for name in ("svit_utils", "data", "results", "pyproject.toml")),
+            data_dir(),
+            results_dir(),
+        ]
+        options = fence.mounts(mine, [root, notebooks.NOTEBOOKS, *self.hide], self.bounds.files)
+        if self.role == "student":
+            place = options.index("--remount-ro")
+            options[place:place] = ["--ro-bind", str(here / "sandbox" / "stub.py"), str(here / "__init__.py")]
+        return fence.command(program, options, rules, 2 * self.bounds.memory, 2 * self.setup["tasks"])
 
     def _heard(self, seconds: float) -> bytes:
         """A line from the waiting process; b"" where none comes."""
@@ -150,7 +148,7 @@ class Sandbox:
         self._control.settimeout(seconds)
         line = b""
         with contextlib.suppress(OSError):
-            while not line.endswith(b"\n") and (part := self._control.recv(1)):
+            while not line.endswith(b"\n") and len(line) < 99 and (part := self._control.recv(1)):
                 line += part
         return line.strip()
 
@@ -159,192 +157,163 @@ class Sandbox:
         self._channel, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [b"."], [theirs.fileno()])
-        # The thread gets its own queue: one that is late must not speak for a process that is gone.
-        self._lines = queue.Queue(maxsize=4)
-        threading.Thread(target=_listen, args=(self._channel, self._lines), daemon=True).start()
-        self.running, self._weighed = True, time.monotonic()
-        setup = {
-            "folder": str(self.folder),
-            "secret": [str(path) for path in self.secret],
-            "memory": self.bounds.memory,
-            "seconds": int(self.bounds.total) + 60,
-            "processes": self.bounds.processes,
-        }
-        self.ask(setup, seconds=60)
+        self._channel.setblocking(False)
+        self.running = True
+        self._take(b"", 60, 60 * WALL)
 
-    def ask(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Send a message and wait for its answer.
+    def ask(self, message: dict[str, Any], data: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
+        """Send a message and wait for its answer, for so many seconds of processor time.
 
         Raises:
-            Ended: it took longer than ``seconds``, grew past a limit, or died. The process is then gone.
+            Ended: it took longer, grew past a limit, or died. The process is then gone.
         """
-        assert self._channel is not None
-        until = time.monotonic() + seconds
-        data = (wire.encode(message) + "\n").encode()
-        # In a thread, because a process that does not read must not keep this one waiting.
-        threading.Thread(target=_send, args=(self._channel, data), daemon=True).start()
+        if over := self.over():
+            self._end("time", over)
+        answer, found = self._take(wire.packed(message, data), seconds, seconds * WALL)
+        if what := answer.get("memory"):
+            self._end("memory", f"stopped at {self.bounds.memory / 2**30:.2g} GiB of memory: {what}")
+        return answer, found
+
+    def _take(self, outgoing: bytes, seconds: float, patience: float) -> tuple[dict[str, Any], bytes]:
+        channel, control, got, needed = self._channel, self._control, bytearray(), 1
+        assert channel is not None and control is not None
+        began = looked = time.monotonic()
+        begun, held_up, idle = self.used(), self._held_up(), 0.0
         while True:
-            with contextlib.suppress(queue.Empty):
-                return self._answer(self._lines.get(timeout=_TICK))
-            self._watch()
-            if self._is_over():
-                with contextlib.suppress(queue.Empty):
-                    return self._answer(self._lines.get(timeout=_TICK))
-                return self._answer(b"")  # what it has left running may still hold the channel open
-            if time.monotonic() > until:
-                self._end("time", f"stopped after {seconds:g} seconds: an endless loop, or far too slow?")
-
-    def _is_over(self) -> bool:
-        """Whether the waiting process has said that the one it forked has ended."""
-        return self._control is not None and bool(select.select([self._control], [], [], 0)[0])
-
-    def _answer(self, line: bytes) -> dict[str, Any]:
-        if not line:
-            code = self.stop()
-            raise Ended("crash", _died(code))
-        if len(line) > wire.LONGEST:
-            self._end("memory", f"it returns more than {wire.LONGEST >> 20} MiB")
-        try:
-            answer = wire.decode(line)
-            kinds = {"seen": dict, "missing": list, "defined": list, "pictures": list, "ready": bool}
-            if not isinstance(answer, dict):
-                raise ValueError("not a message")
-            for key, value in answer.items():
-                if not isinstance(value, kinds.get(key, str)):
-                    raise ValueError("not a message")
-        except ValueError as error:
-            self._end("crash", f"its answer cannot be read: {error}")
-        found: dict[str, Any] = answer
-        return found
+            readable, writable, _ = select.select([channel, control], [channel] if outgoing else [], [], _TICK)
+            try:
+                if writable:
+                    outgoing = outgoing[channel.send(outgoing[: 2**20]) :]
+                if channel in readable:
+                    part = channel.recv(2**16)
+                    got += part
+                    if len(got) >= needed:
+                        found = wire.unpacked(got)
+                        if not isinstance(found, int):
+                            return found
+                        needed = found
+                    if not part:
+                        raise OSError("closed")
+                elif control in readable:
+                    raise OSError("the waiting process says that the one it forked has ended")
+            except ValueError as error:
+                self._end("crash", f"its answer cannot be read: {error}")
+            except OSError:
+                raise Ended("crash", _died(self.stop())) from None
+            if time.monotonic() - looked > _TICK:
+                looked, before = time.monotonic(), idle
+                self._watch()
+                used = self.used() - begun
+                if used > seconds:
+                    self._end("time", f"stopped after {seconds:.3g} seconds: an endless loop, or far too slow?")
+                idle = looked - began - used - max(0.0, self._held_up() - held_up)
+                self._idled += max(0.0, idle - before)
+                if idle > patience:
+                    self._end("time", f"stopped after {patience:.3g} seconds: does it wait for something?", True)
 
     def _family(self) -> list[psutil.Process]:
-        """The processes that run the submission: not the one that waits, nor `unshare` before it."""
-        if self._process is None:
-            return []
-        try:
-            family = psutil.Process(self._process.pid).children(recursive=True)
-            if limits.namespaces():
-                family = family[1:]
-            if not FORKS:
-                family = [psutil.Process(self._process.pid), *family]
-        except psutil.Error:
-            return []
-        alive = []
+        """Every process of the sandbox."""
+        found = [] if self._process is None else [self._process.pid]
+        for pid in found:  # which grows on the way; quicker than psutil, which looks at every process of the machine
+            for path in glob.glob(f"/proc/{pid}/task/*/children"):
+                with contextlib.suppress(OSError), open(path, "rb") as file:
+                    found += [int(child) for child in file.read().split() if int(child) not in found]
+        return self._each(psutil.Process, found)
+
+    @staticmethod
+    def _each(what: Callable[[Any], Any], family: Iterable[Any]) -> list[Any]:
+        found = []
         for member in family:
             with contextlib.suppress(psutil.Error):
-                if member.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(member)
-        return alive
+                found.append(what(member))
+        return found
+
+    def used(self) -> float:
+        """Seconds of processor time since it was loaded, of all its processes, those that have ended included."""
+        times = self._each(psutil.Process.cpu_times, self._family())
+        return self._carried + sum(sum(each[:4]) for each in times) - self._loaded
+
+    def _held_up(self) -> float:
+        """Seconds that its processes and threads would have run, had the machine been free: no fault of theirs."""
+        total = 0
+        for member in self._family():
+            for path in glob.glob(f"/proc/{member.pid}/task/*/schedstat"):
+                with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+                    total += int(file.read().split()[1])
+        return total / 1e9
+
+    def over(self) -> str:
+        """A sentence where the submission has had all its time; else ""."""
+        if self.used() > self.bounds.total or self._idled > self.bounds.total * WALL:
+            return f"the whole submission took more than {self.bounds.total:g} seconds"
+        return ""
 
     def _watch(self) -> None:
-        family, resident = self._family(), 0
-        for member in family:
-            with contextlib.suppress(psutil.Error):
-                resident += member.memory_info().rss
-        if resident > self.bounds.memory:
+        """End it where it is past a limit."""
+        members = [member for member in self._family() if member.pid not in self._own]
+        resident, limit = self._each(psutil.Process.memory_info, members), self.bounds.memory
+        # Pages that processes share count once; to find out takes longer, so only where it matters.
+        if sum(each.rss for each in resident) > limit and sum(self._each(_share, members)) > limit:
             self._end("memory", f"stopped at {self.bounds.memory / 2**30:.2g} GiB of memory")
-        if len(family) > self.bounds.processes:
+        if len(members) > self.bounds.processes:
             self._end("processes", f"stopped at {self.bounds.processes} processes")
-        if time.monotonic() - self._weighed > 1:
-            self._weighed = time.monotonic()
-            if _size(self.folder) > self.bounds.files:
-                self._end("files", f"stopped at {self.bounds.files >> 20} MiB of files, or folders without end")
+        if not self.trusted and members:
+            with contextlib.suppress(OSError):
+                place = os.statvfs(f"/proc/{members[0].pid}/root/tmp")
+                if place.f_files - place.f_ffree > self.bounds.names:
+                    self._end("files", f"stopped at {self.bounds.names:,} files and folders")
 
-    def _end(self, status: str, message: str) -> None:
+    def _end(self, status: str, message: str, by_clock: bool = False) -> NoReturn:
         self.stop()
-        raise Ended(status, message)
+        raise Ended(status, message, by_clock)
 
-    def stop(self) -> Any:
-        """End what runs of the submission, and remove its folder. Returns the exit status, None if it is not known."""
-        code: Any = None
+    def stop(self) -> int | None:
+        """End what runs. Returns the exit status, None if it is not known."""
+        code = None
         if self.running:
             self.running = False
-            for _ in range(20):  # one that forks while it is being killed leaves others behind
-                family = self._family()
-                for member in family:
-                    with contextlib.suppress(psutil.Error):
-                        member.kill()
-                if not family:
-                    break
-                time.sleep(0.01)
-            try:
-                code = int(self._heard(10)) if FORKS else None
-            except ValueError:
-                code = None
+            with contextlib.suppress(OSError, ValueError):
+                if not self.trusted and self._control is not None:
+                    self._control.send(b"k")
+                    code = int(self._heard(30))
             if code is None:
-                self._kill()
+                self.close()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        if self._outer is not None:
-            # Not shutil.rmtree, which gives up in folders a thousand deep.
-            subprocess.run(["rm", "-rf", str(self._outer)], check=False, capture_output=True)
-            self._outer = None
         return code
 
-    def _kill(self) -> None:
-        """End the waiting process, and with it everything."""
-        process, self._process = self._process, None
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if process is None:
-            return
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-
     def close(self) -> None:
-        """End everything."""
-        self.stop()
-        self._kill()
-        _LIVE.discard(self)
+        """End everything. Where bubblewrap's first process ends, its namespace does, and whatever is in there."""
+        self._carried, self._loaded = self.used(), 0.0
+        family, self._process, self.running = self._family(), None, False
+        for channel in (self._control, self._channel):
+            if channel is not None:
+                channel.close()
+        self._control = self._channel = None
+        if family:
+            with contextlib.suppress(OSError):
+                os.killpg(family[0].pid, signal.SIGKILL)
+        self._each(psutil.Process.kill, family)
+        psutil.wait_procs(family, 10)
 
 
-def close_all() -> None:
-    """End every sandbox of this process, from a signal handler."""
-    for sandbox in list(_LIVE):
-        sandbox._kill()
+def _environment(trusted: bool) -> dict[str, str]:
+    one = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")
+    kept = {key: os.environ[key] for key in ("PATH", "LANG", "HOME", "TMPDIR", "SVIT_DATA_DIR") if key in os.environ}
+    home = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "TORCH_HOME"), "/tmp") | {
+        "MPLCONFIGDIR": "/tmp/matplotlib"
+    }
+    ours = {"PYTHONPATH": str(notebooks.ROOT), "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, **({} if trusted else home), **dict.fromkeys(one, "1"), **ours}
 
 
-def _send(channel: socket.socket, data: bytes) -> None:
-    with contextlib.suppress(OSError):  # a process that is gone is noticed where its answer is waited for
-        channel.sendall(data)
+def _share(process: psutil.Process) -> int:
+    full = process.memory_full_info()
+    return int(getattr(full, "pss", full.rss))
 
 
-def _listen(channel: socket.socket, lines: queue.Queue[bytes]) -> None:
-    """A thread: hands over line by line, and b"" at the end."""
-    with contextlib.suppress(OSError, ValueError), channel.makefile("rb") as stream:
-        while line := stream.readline(wire.LONGEST + 1):
-            lines.put(line)
-            if len(line) > wire.LONGEST:
-                return
-    lines.put(b"")
-
-
-def _size(folder: Path) -> int:
-    """Bytes in a folder; more than any limit where it is too deep to look through."""
-    total = 0
-    try:
-        for place, _, names in os.walk(folder):
-            if place.count(os.sep) > 200:
-                return sys.maxsize
-            for name in names:
-                with contextlib.suppress(OSError):
-                    total += os.lstat(os.path.join(place, name)).st_blocks * 512
-    except RecursionError:
-        return sys.maxsize
-    return total
-
-
-def _died(code: Any) -> str:
+def _died(code: int | None) -> str:
     if code is None:
         return "the process is gone"
     with contextlib.suppress(ValueError):

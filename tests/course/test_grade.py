@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -19,40 +16,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from svit_course import Question, Wrong, notebooks
 from svit_course import masters as m
-from svit_course.grading import command, reports, submissions
+from svit_course.grading import command, reading, reports, submissions
 from svit_course.question import decide
-from svit_course.sandbox import limits, wire
-
-MASTER = m.master("a")
-Change = Callable[[Any], None]
-
-
-def submission(folder: Path, student: str, change: Change | None = None, name: str = MASTER.name) -> Path:
-    """The solution of assignment a as a student would hand it in, changed."""
-    notebook = notebooks.read(MASTER)
-    for cell in notebook.cells:
-        cell.source = m.without(cell.source, m.BEGIN_HIDDEN, m.END_HIDDEN)
-    if change:
-        change(notebook)
-    path = folder / student / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    notebooks.write(notebook, path)
-    return path
-
-
-def answers(question: str, source: str) -> Change:
-    def change(notebook: Any) -> None:
-        (cell,) = [cell for cell in notebook.cells if cell.get("id") == question]
-        cell.source = source
-
-    return change
-
-
-def deletes(*ids: str) -> Change:
-    def change(notebook: Any) -> None:
-        notebook.cells = [cell for cell in notebook.cells if cell.get("id") not in ids]
-
-    return change
+from svit_course.sandbox import wire
+from tests.course.handed_in import MASTER, Change, answers, deletes, sandboxed, submission
 
 
 def tampers(notebook: Any) -> None:
@@ -87,6 +54,8 @@ def in_a2(body: str, before: str = "") -> Change:
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(submissions, grades): eleven students, one of whom did nothing strange."""
+    if not sandboxed():
+        pytest.skip("no sandbox here: grading is refused, as the guide says")
     folder, out = tmp_path_factory.mktemp("submissions"), tmp_path_factory.mktemp("grades")
     submission(folder, "ada")
     submission(folder, "ben", in_a2("while True: pass"))
@@ -112,6 +81,8 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def whole_course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The grades of one who solved everything and of one who touched nothing."""
+    if not sandboxed():
+        pytest.skip("no sandbox here: grading is refused, as the guide says")
     folder, out = tmp_path_factory.mktemp("course"), tmp_path_factory.mktemp("course-grades")
     for path in m.masters():
         notebook = notebooks.read(path)
@@ -173,8 +144,8 @@ def test_a_solution_gets_every_mark_by_tests(graded: tuple[Path, Path]) -> None:
         ("dee", "a3 visible", "missing", "the cell a3 is not there: was it deleted"),
         ("dee", "a6 by hand", "missing", "was it deleted"),
         ("eli", "a2 visible", "missing", "no cut: was it renamed? The cell defines cut_it"),
-        ("fay", "a2 visible", "refused", "read the masters, the tests or other submissions"),
-        ("gus", "a2 visible", "refused", "outside its folder"),
+        ("fay", "a2 visible", "wrong", "FileNotFoundError"),
+        ("gus", "a2 visible", "wrong", "FileNotFoundError"),
         ("hal", "a2 visible", "crash", "ended itself"),
         ("ivy", "a3 visible", "wrong", "the output"),
         ("kim", "a4 visible", "refused", "to be written, not imported"),
@@ -250,7 +221,10 @@ def test_feedback_shows_the_message_and_no_solution(graded: tuple[Path, Path]) -
 # ------------------------------------------------------------------------------------------------ the parts
 
 
-def test_bad_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_folders_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.fence, "bubblewrap", tuple)
     assert command.main([str(tmp_path / "nowhere")]) == 2
     assert "no folder" in capsys.readouterr().err
     (tmp_path / "ada").mkdir()
@@ -272,8 +246,8 @@ def test_flat_folders_and_two_versions(tmp_path: Path) -> None:
 
 def test_given_cells_come_from_the_master() -> None:
     original = m.read_cells(MASTER)
-    mine = [replace(cell, source="tampered") for cell in original if cell.id != "given-imports"]
-    cells = submissions.plan(mine, original)
+    mine = [reading.Found(c.id, "code", "tampered", n) for n, c in enumerate(original, 1) if c.id != "given-imports"]
+    cells = reading.plan(mine, original)
     assert cells[0] == next(cell for cell in original if cell.id == "given-imports")
     assert {cell.part for cell in cells} <= {"given", "answer", "plot", "own"}
 
@@ -287,10 +261,22 @@ def test_given_cells_come_from_the_master() -> None:
         ("%time x = 1\nsvit_utils.thresholded_softmax(x)", True),
         ("# like svit_utils does\ntext = 'svit_utils does the same'", False),
         ("def broken(:", False),
+        # By every way that a notebook has to write code, and in a text that is code.
+        ("here = %pwd\nfrom svit_utils import thresholded_softmax", True),
+        ("%%time\nfrom svit_utils import thresholded_softmax", True),
+        ("\n%%capture\n%%time\nimport svit_utils", True),
+        ("len?\nimport svit_utils", True),
+        ("exec('import svit_utils')", True),
+        ("exec(b'from svit_utils import thresholded_softmax')", True),
+        ("eval('svit_utils.thresholded_softmax')", True),
+        ("exec(\"exec('import svit_utils')\")", True),
+        ("x = __import__(' svit_utils ')", True),
+        ("def f():\n    import svit_utils as np", True),
+        ("print('see svit_utils/attention/formula.py')", False),
     ],
 )
 def test_borrowed_answers_are_noticed(source: str, expected: bool) -> None:
-    assert submissions.borrows(source) is expected
+    assert reading.borrows(source) is expected
 
 
 def test_judges_of_two_submissions_do_not_share_the_random_numbers() -> None:
@@ -338,34 +324,8 @@ def test_a_notebook_without_metadata_is_still_graded() -> None:
         cell.metadata.pop("nbgrader", None)
         cell.pop("id")
     notebook.cells.append(new_markdown_cell("Thanks."))
-    cells = submissions.plan(m.cells(notebook), m.read_cells(MASTER))
+    cells, _ = reading.read(nbformat.writes(notebook, version=nbformat.NO_CONVERT).encode(), notebooks.read(MASTER))
     assert cells[0].part == "given" and sum("def cut" in cell.source for cell in cells) == 1
-
-
-def test_the_fence_holds_where_the_system_has_one(tmp_path: Path) -> None:
-    """Not through Python's own functions, which the audit hook sees: the system itself refuses."""
-    if not limits.landlock_version():
-        pytest.skip("no Landlock here: an audit hook is the only fence, as the guide says")
-    program = (
-        "import os, sys; from svit_course.sandbox import limits\n"
-        f"assert limits.fence(read=[sys.prefix, sys.base_prefix, '/usr', '/lib'], write=[{str(tmp_path / 'mine')!r}])\n"
-        f"open({str(tmp_path / 'mine' / 'x')!r}, 'w').write('1')\n"
-        f"for path, mode in (({str(tmp_path / 'y')!r}, 'w'), ({str(MASTER)!r}, 'r')):\n"
-        "    try: open(path, mode)\n"
-        "    except PermissionError: print('refused')\n"
-    )
-    (tmp_path / "mine").mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(notebooks.ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "refused\nrefused\n"), done.stderr
-
-
-def test_no_network_where_the_system_can_take_it_away() -> None:
-    if not limits.namespaces():
-        pytest.skip("users may not make namespaces here: an audit hook refuses, as the guide says")
-    program = "import socket\nprint([name for _, name in socket.if_nameindex()])"
-    command = [*limits.namespaces(), sys.executable, "-c", program]
-    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "['lo']"
 
 
 def test_only_the_open_project_may_use_the_library() -> None:

@@ -17,9 +17,14 @@ def inputs(case: Case) -> np.ndarray:
     return np.array(case["p"], dtype=np.float64) if "p" in case else softmax(draw_scores(case))
 
 
+def prepare(case: Case) -> Case:
+    """The softmax is the answer to a1."""
+    return {**case, "p": inputs(case)}
+
+
 def probe(case: Case, answer: Any) -> Seen:
     """The weights, and p as it is afterwards."""
-    p = inputs(case)
+    p = np.array(case["p"], dtype=np.float64)
     with np.errstate(all="ignore"):
         result = answer(p, case["tau"])
     return {"weights": result, "p": p}
@@ -59,6 +64,7 @@ QUESTION = Question(
         {"what": "rows of a matrix", "seed": 2, "shape": [4, 6], "std": 2.0, "tau": 0.1},
         {"what": "a row that loses every key", "p": [[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]], "tau": 0.3},
     ),
+    prepare=prepare,
     probe=probe,
     judge=judge,
     hints=(

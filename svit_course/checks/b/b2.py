@@ -19,9 +19,15 @@ def inputs(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return p, formula(given)["dp"], library(given)["ds"]
 
 
+def prepare(case: Case) -> Case:
+    """g is the answer to b1."""
+    p, g, _ = inputs(case)
+    return {**case, "p": p, "g": g}
+
+
 def probe(case: Case, grad_scores: Any) -> Seen:
     """The gradient of the scores, and p and g as they are afterwards."""
-    p, g, _ = inputs(case)
+    p, g = np.array(case["p"], dtype=np.float64), np.array(case["g"])
     with np.errstate(all="ignore"):
         return {"ds": grad_scores(p, g, case["tau"]), "p": p, "g": g}
 
@@ -58,6 +64,7 @@ QUESTION = Question(
     name="b2",
     answers=("grad_scores",),
     cases=(TOY, {"what": "five queries, seven keys", "seed": 2, "n": 5, "m": 7, "dv": 4, "tau": 0.1}),
+    prepare=prepare,
     probe=probe,
     judge=judge,
     hints=(

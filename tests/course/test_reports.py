@@ -1,0 +1,70 @@
+"""What grading writes, and what it reads of what lecturers have written."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import time
+from pathlib import Path
+
+import pytest
+
+from svit_course import masters as m
+from svit_course.grading import reading, reports, runs, submissions
+
+
+def test_only_small_pictures_reach_the_page() -> None:
+    fine, text = b"\x89PNG\r\n\x1a\n...", b"no picture"
+    large = fine + bytes(runs.PICTURE)
+    lines = [base64.b64encode(data) for data in (text, large, fine)]
+    assert list(runs.pngs(b"\n".join(lines))) == [fine]
+    assert len(list(runs.pngs(b"\n".join([lines[-1]] * 1000)))) == 3
+    assert list(runs.pngs(b"\xff\n\n" + b"x" * 10**6)) == []
+
+
+def test_half_characters_and_formulas_cost_nobody_a_report(tmp_path: Path) -> None:
+    submission = submissions.Submission("=cmd|x", m.master("a").stem, tmp_path / "none")
+    bad = runs.Graded(
+        submission, [runs.Mark("a1", "visible", 0.0, 1.0, "wrong", "\ud800" * 9 + "x" * 10**6)], ["\udfff"]
+    )
+    bad.sources["a1"] = "# \ud800" + "\n" * 30_000
+    good = runs.not_graded(submissions.Submission("ada", m.master("a").stem, tmp_path / "none"), "not graded: a test")
+    started = time.monotonic()
+    reports.write_reports([bad, good], tmp_path)
+    assert time.monotonic() - started < 20
+    with (tmp_path / "totals.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["student"] for row in csv.DictReader(file)] == ["'=cmd|x", "ada"]
+    assert len((tmp_path / "marks.csv").read_text(encoding="utf-8")) < 20_000
+    assert len(list((tmp_path / "feedback").rglob("*.html"))) == 2
+    # Again, so that what was written is read back: nothing doubles.
+    reports.write_reports([bad, good], tmp_path)
+    with (tmp_path / "totals.csv").open(newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("student;assignment;question;marks;out_of;comment\n", "no column student"),
+        ("student,assignment,question,marks,out_of,comment\nada,a,a5,9,3,\n", "from 0 to 3"),
+        ("student,assignment,question,marks,out_of,comment\nada,a,a5,two,3,\n", "from 0 to 3"),
+        ("student,assignment,question,marks,out_of,comment\nada,a,a5,1\n", "from 0 to"),
+        ("student,assignment,question,marks,out_of,comment\nada,a,a5,nan,3,\n", "from 0 to 3"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused_before_grading(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "by_hand.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=sentence):
+        reports.marks_by_hand(tmp_path / "by_hand.csv")
+
+
+def test_a_short_line_without_marks_is_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "by_hand.csv").write_text(
+        "student,assignment,question,marks,out_of,comment\nada,a,a5\n", encoding="utf-8"
+    )
+    assert reports.marks_by_hand(tmp_path / "by_hand.csv")["ada", "a", "a5"]["marks"] == ""
+
+
+@pytest.mark.parametrize("source", ["x=" + "-" * 20_000, "a" + ".b" * 20_000, "1" + "+1" * 100_000, "'\ud800'", "\x00"])
+def test_code_made_to_break_a_parser_does_not(source: str) -> None:
+    assert reading.borrows(source) is False
