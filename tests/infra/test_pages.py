@@ -24,7 +24,7 @@ from tools.pages import Counts
 LIMITS = {
     "01_attention_theory": Counts(0, 0, 0, 0, 0, 3248),
     "02_implementing_sparse_attention": Counts(0, 0, 0, 0, 0, 2679),
-    "03_fine_tuning": Counts(15, 0, 19, 6, 131, 3958),
+    "03_fine_tuning": Counts(0, 0, 0, 0, 0, 2605),
     "04_baseline_comparison": Counts(0, 0, 0, 0, 0, 2969),
     "05_interpretability": Counts(0, 0, 0, 0, 0, 2834),
     "06_what_it_costs": Counts(0, 0, 0, 0, 0, 1888),
@@ -32,7 +32,6 @@ LIMITS = {
     "08_a_verdict_on_the_card": Counts(22, 0, 3, 7, 214, 4751),
 }
 NO_MINUTES_YET = {
-    "03_fine_tuning",
     "07_the_referee",
     "08_a_verdict_on_the_card",
 }

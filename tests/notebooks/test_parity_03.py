@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from svit_utils import sparsify, thresholded_softmax
+from svit_utils import sparsify
 from svit_utils.attention import sparse_modules
 from svit_utils.models import create_model
 from svit_utils.training import TrainConfig, lr_factor, tau_factor, train
@@ -50,20 +50,6 @@ def test_learning_rate(steps: int, warmup: int) -> None:
 @pytest.mark.parametrize("ramp", [0, 1, 3, 30])
 def test_threshold(ramp: int) -> None:
     assert [taught("tau_share")(step, ramp) for step in range(40)] == [tau_factor(step, ramp) for step in range(40)]
-
-
-@pytest.mark.parametrize("tau", [0.0, 0.05, 0.2])
-def test_cut_row(tau: float) -> None:
-    cut = taught("cut_row")
-    generator = torch.Generator().manual_seed(0)
-    scores = (2 * torch.randn(3, 50, 20, generator=generator, dtype=torch.float64)).requires_grad_()
-    alive = (scores.softmax(dim=-1) > tau).any(dim=-1)
-    assert alive.any() and (tau < 0.2 or not alive.all())
-    upstream = torch.randn(3, 50, 20, generator=generator, dtype=torch.float64)
-    ours, theirs = cut(scores.softmax(dim=-1), tau), thresholded_softmax(scores, tau)
-    torch.testing.assert_close(ours, theirs)
-    gradients = [torch.autograd.grad((weights * upstream).sum(), scores)[0] for weights in (ours, theirs)]
-    torch.testing.assert_close(*gradients)
 
 
 def test_parameter_groups() -> None:
