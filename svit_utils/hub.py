@@ -1,6 +1,5 @@
 """Trained models on the Hugging Face Hub, as timm keeps them: timm reads the weights, `load_from_hub` the cut too."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,7 +59,7 @@ def load_from_hub(
     *,
     revision: str | None = None,
     token: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and its card, as `svit_utils.load_trained` returns them, from ``owner/name`` or ``hf-hub:owner/name``.
 

@@ -32,7 +32,7 @@ ADDED = (
     78,  # block diagrams, and the pictures that come with the book
     63,  # forest plots; rows of attention, and maps, beside their picture
     21,  # Colab's torch is too old, or pip fails; what the profile gpu takes
-    95,  # models on the Hub
+    94,  # models on the Hub
     18,  # Windows: files that are open, locks, consoles without Greek letters
     289,  # the explorer: rows packed for pages without a kernel
     24,  # tiles of several pairs; where they overtake the formula, as measured
