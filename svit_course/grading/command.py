@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         marks = sum(mark.marks or 0 for mark in graded.marks if mark.test != "by hand")
         best = sum(mark.out_of for mark in graded.marks if mark.test != "by hand")
         with writing:
+            write_reports([graded], options.out)
             print(
                 f"  {writable(submission.student)}, {submission.assignment}: {marks:g} of {best:g} by tests", flush=True
             )
-            write_reports([graded], options.out)
         return graded
 
     with Judge(hide, options.trust) as judge:
