@@ -261,6 +261,7 @@ class Sandbox:
             with contextlib.suppress(OSError):
                 place = os.statvfs(f"/proc/{members[0].pid}/root/tmp")
                 if place.f_files - place.f_ffree > self.bounds.names:
+                    self.close()  # with the folder, which would end the next one, too
                     self._end("files", f"stopped at {self.bounds.names:,} files and folders")
 
     def _end(self, status: str, message: str, by_clock: bool = False) -> NoReturn:
