@@ -35,15 +35,15 @@ def binder(repository: str, path: str, branch: str = "main") -> str:
 
 _SETUP = """\
 # On Colab: installs this book's package and what it needs. Anywhere else: does nothing.
-import importlib.util, subprocess, sys
+import glob, importlib.util, subprocess, sys
 if "google.colab" in sys.modules:
     if importlib.util.find_spec("svit_utils") is None:
 {package}
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", package], check=True)
+        if subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", package]):
+            raise RuntimeError("pip could not install the book's package, and says why above: run this cell again.")
     from svit_utils.colab import prepare
     prepare()  # timm, captum and others where Colab lacks them; never torch or numpy"""
 _UPLOADED = """\
-        import glob
         package = max(glob.glob("selectivevit-*.whl"), default=None)  # uploaded beside this notebook
         if package is None:
             raise FileNotFoundError("Upload selectivevit-….whl (folder symbol, left), then run this cell again.")"""

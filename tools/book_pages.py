@@ -32,7 +32,7 @@ FILES = (
 )
 MARKDOWN = ("*.md", "notebooks/**/*.md", "results/**/*.md", "benchmarks/gpu/README.md", "data/README.md")
 # The library's rooms, as a reader of the chapters meets them.
-MODULES = ("attention", "models", "training", "data", "explain", "referee", "show", "records", "paths")
+MODULES = ("attention", "models", "hub", "training", "data", "explain", "referee", "show", "records", "paths")
 COMMANDS = {  # title: module whose `parser()` has the options, command of that parser
     "python -m svit_utils doctor": ("svit_utils.__main__", "doctor"),
     "python -m svit_utils train": ("svit_utils.__main__", "train"),

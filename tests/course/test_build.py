@@ -140,7 +140,7 @@ def headings(chapter: str) -> tuple[set[str], set[str]]:
     numbers, titles = set(), set()
     for cell in notebooks.read(notebooks.chapters([chapter.zfill(2)])[0]).cells:
         if cell.cell_type == "markdown":
-            for line in re.findall(r"^##+ (.+)$", cell.source, re.MULTILINE):
+            for line in re.findall(r"^##+ (.+?)(?: \*\(optional\)\*)?$", cell.source, re.MULTILINE):
                 number = re.match(r"(\d+(?:\.\d+)?)\.? ", line)
                 numbers |= {number.group(1)} if number else set()
                 titles.add(line[number.end() :] if number else line)

@@ -171,6 +171,7 @@ def run(command, check):
     called.append(command[6:])
     return subprocess.CompletedProcess(command, STATUS)
 subprocess.run = run
+subprocess.call = lambda command: run(command, False).returncode
 import importlib.machinery, importlib.util
 there = importlib.util.find_spec
 def find_spec(name, package=None):
@@ -223,6 +224,11 @@ def test_setup_cell_says_what_to_do_without_a_wheel(tmp_path: Path) -> None:
     printed, error = run_setup_cell(tmp_path, None, {"svit_utils"}, on_colab=True)
     assert printed == []
     assert "FileNotFoundError: Upload selectivevit-….whl" in error
+
+
+def test_setup_cell_says_when_the_package_itself_cannot_be_had(tmp_path: Path) -> None:
+    _, error = run_setup_cell(tmp_path, REPOSITORY, {"svit_utils"}, on_colab=True, status=1)
+    assert "RuntimeError: pip could not install the book's package, and says why above" in error.splitlines()[-1]
 
 
 def test_setup_cell_says_when_a_package_cannot_be_had(tmp_path: Path) -> None:
