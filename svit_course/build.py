@@ -78,8 +78,8 @@ def build(out: Path = OUT, repository: str | None = None) -> Path:
     wheel = build_wheel(student)
     for chapter in notebooks.chapters():
         _copy(chapter, student / "notebooks" / chapter.name)
-    for folder in ("images", "reference"):
-        shutil.copytree(notebooks.NOTEBOOKS / folder, student / "notebooks" / folder)
+    for name in ("images", "reference"):
+        shutil.copytree(notebooks.NOTEBOOKS / name, student / "notebooks" / name)
     assignments = student / "notebooks" / "assignments"
     for path in found:
         notebook = notebooks.read(grading / "release" / path.stem / path.name)

@@ -344,7 +344,7 @@ def test_hidden_folders_stay_hidden_wherever_they_lie(tmp_path: Path, repository
     """A repository below /usr, or below what is shown for Python's sake, shows no master and no submission."""
     from svit_course.sandbox import fence
 
-    place = Path(repository) / "course-of-a-lecturer"
+    place = Path(repository).resolve() / "course-of-a-lecturer"  # as a repository is given: without links
     options = fence.mounts([place / "svit_utils"], [place, place / "submissions"], 1 << 20)
     hides, kept = options.index(str(place)), [i for i, o in enumerate(options) if o == str(place)]
     assert options[hides - 1] == "--tmpfs" and options[kept[-1] - 1] == "--remount-ro"
