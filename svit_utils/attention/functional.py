@@ -22,7 +22,7 @@ _FAST = {"tiled": tiled, "triton": triton}
 # Where tiles are faster on a CPU, by results/bench/crossover.csv: scores in one map, from where always; and without
 # and with a backward pass, in one map and in all maps of the call. Below, the formula's matrices fit in the cache.
 _TILES_ALWAYS = 128 * 128
-_TILES_FROM = {False: (64 * 64, 2**17), True: (96 * 96, 2**18)}
+_TILES_FROM = {False: ((64 * 64, 2**17),), True: ((96 * 96, 2**18), (64 * 64, 2**20))}
 
 
 @overload
@@ -143,7 +143,7 @@ def backend_for(
     """The backend ``"auto"`` chooses for a call.
 
     ``"tiled"`` on the CPU from N x M = 128 x 128 on, and for large batches from 64 x 64 on, or 96 x 96 where gradients
-    are taken; ``"triton"`` on CUDA for float16, bfloat16 and float32, heads up
+    are taken (64 x 64 for very large ones); ``"triton"`` on CUDA for float16, bfloat16 and float32, heads up
     to 256 wide, without dropout. ``"reference"`` where these are not worth while or cannot serve: other devices, the
     weights are asked for, the mask is to get a gradient, forward-mode derivatives are taken, or the model is exported
     (a program of plain operators travels further).
@@ -159,8 +159,8 @@ def backend_for(
 
 def _worth_tiling(q: Tensor, k: Tensor, v: Tensor) -> bool:
     scores = q.shape[-2] * k.shape[-2]
-    in_map, in_all = _TILES_FROM[differentiates(q, k, v)]
-    return scores >= _TILES_ALWAYS or (scores >= in_map and scores * q.shape[0] * q.shape[1] >= in_all)
+    everything, least = scores * q.shape[0] * q.shape[1], _TILES_FROM[differentiates(q, k, v)]
+    return scores >= _TILES_ALWAYS or any(scores >= one and everything >= every for one, every in least)
 
 
 def _needs_formula(attn_mask: Tensor | None, return_weights: bool) -> str:

@@ -337,6 +337,8 @@ def test_compiles_as_one_graph():
         ((16, 2, 96), True, "tiled"),
         ((16, 2, 64), True, "reference"),
         ((14, 2, 96), True, "reference"),  # fewer than 2 ** 18
+        ((128, 2, 64), True, "tiled"),  # 2 ** 20
+        ((127, 2, 64), True, "reference"),
         ((14, 2, 96), False, "tiled"),
     ],
 )
