@@ -28,7 +28,13 @@ def difference(a: np.ndarray | None, b: np.ndarray | None) -> str:
     if a is None or b is None:
         return ""
     interval = paired_bootstrap(b.astype(float), a.astype(float))
-    return f"{100 * interval.mean:+.1f} {_interval(interval.low, interval.high)}"
+    return with_interval(interval.mean, interval.low, interval.high)
+
+
+def with_interval(mean: float, low: float, high: float, factor: float = 100, digits: int = 1) -> str:
+    """``-2.1 [-3.0, -1.2]``: the three numbers times ``factor``, by default shares as points."""
+    mean, low, high = (factor * value for value in (mean, low, high))
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def budget(rows: Iterable[Row], rate: bool = True) -> str:
@@ -196,7 +202,7 @@ def _cell(contrasts: pd.DataFrame, metric: str, second: str) -> str:
     if rows.empty:
         return ""
     row = rows.iloc[0]
-    return f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] {row['result']}"
+    return f"{with_interval(row['mean'], row['low'], row['high'], 1, 3)} {row['result']}"
 
 
 def study_sentence(folder: Path) -> str:

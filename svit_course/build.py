@@ -254,9 +254,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the course; the exit status."""
     options = parser().parse_args(argv)
-    repository = stamp.owner_name(options.repository) if options.repository else None
-    if options.repository and not repository:
-        parser().error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
+    repository = stamp.named_repository(parser(), options.repository)
     try:
         out = build(options.out, repository)
     except RuntimeError as error:

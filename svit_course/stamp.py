@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +22,18 @@ def owner_name(url: str) -> str | None:
     if found := GITHUB.search(url):
         return f"{found.group(1)}/{found.group(2)}"
     return url if re.fullmatch(r"[\w.-]+/[\w.-]+", url) else None
+
+
+def named_repository(parser: argparse.ArgumentParser, given: str | None) -> str | None:
+    """What an option ``--repository`` names, as ``owner/name``; None without it.
+
+    Raises:
+        SystemExit: it is neither ``owner/name`` nor a GitHub address; the parser says so.
+    """
+    named = owner_name(given) if given else None
+    if given and not named:
+        parser.error(f"--repository is owner/name or a GitHub address, not {given!r}")
+    return named
 
 
 def colab(repository: str, path: str, branch: str = "main") -> str:

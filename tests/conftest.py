@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -40,6 +41,16 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code draws from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole book, built strictly: a warning, or a name that cannot be found, is an error."""
+    from tools import book  # needs Sphinx, which the tests of the book look for
+
+    out = tmp_path_factory.mktemp("book") / "site"
+    book.build(out)
+    return out
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -57,6 +57,18 @@ def build(
         raise RuntimeError(f"the book cannot be built:\n{done.stderr[-8000:]}")
 
 
+def find_chromium() -> str:
+    """Where Chromium is: ``$CHROMIUM``, or what the PATH has.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if not found:
+        raise RuntimeError("Chromium is not installed: `apt install chromium`, or name it: CHROMIUM=/path/to/chromium")
+    return found
+
+
 def print_pdf(page: Path, pdf: Path) -> None:
     """Print a page by Chromium, with formulas set and answers unfolded; code that the pages fold stays folded.
 
@@ -67,9 +79,7 @@ def print_pdf(page: Path, pdf: Path) -> None:
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise RuntimeError("Playwright is not installed: pip install -e '.[browser]'") from None
-    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if chromium is None:
-        raise RuntimeError("Chromium is not installed: `apt install chromium`, or name it: CHROMIUM=/path/to/chromium")
+    chromium = find_chromium()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         sheet = browser.new_page(color_scheme="light")
@@ -88,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=SITE, help="default: build/site")
     parser.add_argument("--repository", help="owner/name, where pyproject.toml and the git remote do not say")
     options = parser.parse_args(argv)
-    named = stamp.owner_name(options.repository) if options.repository else None
-    if options.repository and not named:
-        parser.error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
+    named = stamp.named_repository(parser, options.repository)
     start, made = time.monotonic(), PDF if options.pdf else options.out
     try:
         if options.pdf:

@@ -135,9 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--branch", default="main", help="that the links lead to (default: main)")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a file differs")
     options = parser.parse_args(argv)
-    named = stamp.owner_name(options.repository) if options.repository else None
-    if options.repository and not named:
-        parser.error(f"--repository is owner/name or a GitHub address, not {options.repository!r}")
+    named = stamp.named_repository(parser, options.repository)
     if options.check:
         # Not the remote: a clone of a fork is not wrong.
         place, declared = stamped(), from_pyproject()

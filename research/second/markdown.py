@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from research.markdown import with_interval
 from svit_utils.files import read_rows
 
 SETTINGS = {
@@ -55,7 +56,7 @@ def second_table(folder: Path) -> list[str]:
             zeros = found.get((setting, steps, "val_applied_sparsity"))
             margin = margins.get((setting, steps))
             cells = [label, str(steps), accuracy["seeds"], "" if zeros is None else f"{100 * float(zeros['mean']):.0f}"]
-            cells += [f"{100 * float(accuracy['mean']):.1f}", "" if margin is None else interval(margin, 100, 1)]
+            cells += [f"{100 * float(accuracy['mean']):.1f}", "" if margin is None else interval(margin)]
             cells.append("" if margin is None else margin["result"])
             for other in ("dense", "drawn"):
                 row = maps.get((setting, str(steps), other))
@@ -65,10 +66,10 @@ def second_table(folder: Path) -> list[str]:
     return [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *lines] if lines else []
 
 
-def interval(row: Mapping[str, str], factor: float, digits: int) -> str:
-    """``-2.1 [-3.0, -1.2]``: mean, low and high of a row, times ``factor``."""
-    mean, low, high = (factor * float(row[name]) for name in ("mean", "low", "high"))
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def interval(row: Mapping[str, str], *form: int) -> str:
+    """`with_interval` of a row's mean, low and high."""
+    mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
+    return with_interval(mean, low, high, *form)
 
 
 def second_sentence(folder: Path) -> str:
@@ -88,7 +89,7 @@ def second_sentence(folder: Path) -> str:
         maps = [results["attention", other]["result"] for other in ("dense", "drawn")]
         parts.append(
             f"Chosen on validation and confirmed with fresh seeds and pictures: "
-            f"{SETTINGS.get(accuracy['setting'], accuracy['setting'])}, {interval(accuracy, 100, 1)} points, "
+            f"{SETTINGS.get(accuracy['setting'], accuracy['setting'])}, {interval(accuracy)} points, "
             f"{accuracy['result']}; its map against the dense map: {maps[0]}, against that drawn cut: {maps[1]}."
         )
     return " ".join(parts)

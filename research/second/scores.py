@@ -48,6 +48,19 @@ def views(layers: list[Tensor], model: nn.Module, grid: TokenGrid) -> tuple[Tens
     return on_grid(heads[:, -1], grid).mean(dim=1), on_grid(rolled, grid), on_grid(heads, grid)
 
 
+def own_maps(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The three maps [B, h, w] of a model on the images ``x`` [B, 3, H, W], by name, and its heads [B, L, H, h, w]."""
+    attention, rolled, by_head = views(list(attention_maps(model, x).values()), model, token_grid(model, x))
+    return {"attention": attention, "rollout": rolled, "grad_cam": grad_cam(model, x)}, by_head
+
+
+def drawn_maps(dense: nn.Module, sparse: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The dense model's attention and rollout [B, h, w], drawn cut as the sparse model cuts, by name."""
+    drawn = drawn_cut(attention_maps(dense, x), sparse)
+    attention, rolled, _ = views(drawn, dense, token_grid(dense, x))
+    return {DRAWN["attention"]: attention, DRAWN["rollout"]: rolled}
+
+
 def localisation(scored: Scored, split: str = "test") -> Scores:
     """Four scores per picture for each map, on the grid of the patches; means for every layer and head."""
     scores = Scores()
@@ -56,12 +69,9 @@ def localisation(scored: Scored, split: str = "test") -> Scores:
     seed = scored.run.test_seed if split == "test" else 0
     images, _, masks = PlantedShapes(split, seed=seed).batch(PICTURES["localisation"])[:3]
     for x, mask in zip(images.split(CHUNK), masks.split(CHUNK)):
-        grid = token_grid(scored.model, x)
-        attention, rolled, by_head = views(list(attention_maps(scored.model, x).values()), scored.model, grid)
-        maps = {"attention": attention, "rollout": rolled, "grad_cam": grad_cam(scored.model, x)}
+        maps, by_head = own_maps(scored.model, x)
         if scored.dense is not None:
-            drawn = drawn_cut(attention_maps(scored.dense, x), scored.model)
-            maps["attention_drawn"], maps["rollout_drawn"], _ = views(drawn, scored.dense, grid)
+            maps |= drawn_maps(scored.dense, scored.model, x)
         for name, values in maps.items():
             for metric, result in localisation_scores(values, mask).items():
                 found.setdefault((name, metric), []).append(result)
@@ -121,13 +131,9 @@ def faithfulness(scored: Scored) -> Scores:
     """What disturbing the picture says of the model's maps; the dense model's, drawn cut, disturb the dense model."""
     scores = Scores()
     x = PlantedShapes("test", seed=scored.run.test_seed).batch(PICTURES["faithfulness"]).images
-    grid = token_grid(scored.model, x)
-    attention, rolled, _ = views(list(attention_maps(scored.model, x).values()), scored.model, grid)
-    judged = [(scored.model, {"attention": attention, "rollout": rolled, "grad_cam": grad_cam(scored.model, x)})]
+    judged = [(scored.model, own_maps(scored.model, x)[0])]
     if scored.dense is not None:
-        drawn = drawn_cut(attention_maps(scored.dense, x), scored.model)
-        attention, rolled, _ = views(drawn, scored.dense, grid)
-        judged.append((scored.dense, {"attention_drawn": attention, "rollout_drawn": rolled}))
+        judged.append((scored.dense, drawn_maps(scored.dense, scored.model, x)))
     for model, maps in judged:
         with torch.no_grad():
             targets = model(x).argmax(dim=-1)

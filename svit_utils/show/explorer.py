@@ -30,7 +30,7 @@ from svit_utils.explain.grid import TokenGrid
 from svit_utils.explain.layers import Layer, find_layer
 from svit_utils.explain.maps import maps_on_grid
 from svit_utils.referee.inputs import check_tau
-from svit_utils.show.explorers import check_indices, dense_maps
+from svit_utils.show.explorers import check_indices, dense_maps, stacked
 from svit_utils.show.pictures import as_array, colour_map, to_rgb
 
 FINE = 1e-3
@@ -187,7 +187,7 @@ def explorer_data(
     if list(sparse) != list(dense):
         raise ValueError(f"the sparse model has other layers, {list(sparse)}, than the dense one, {list(dense)}")
     kept = list(dense) if layers is None else [list(dense)[find_layer(layer, list(dense))] for layer in layers]
-    rows = (torch.stack([maps[name] for name in kept], dim=1).float().cpu().numpy() for maps in (dense, sparse))
+    rows = (stacked({name: maps[name] for name in kept}) for maps in (dense, sparse))
     return ExplorerData(
         rgb=[to_rgb(image) for image in (images if display is None else display)],
         dense=next(rows),

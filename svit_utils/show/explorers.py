@@ -82,7 +82,7 @@ def check_indices(shape: tuple[int, ...], **indices: int) -> None:
             raise ValueError(f"{name} must lie in 0 to {size - 1}, got {value!r}")
 
 
-def _stack(maps: dict[str, Tensor]) -> np.ndarray:
+def stacked(maps: dict[str, Tensor]) -> np.ndarray:
     """Layer name -> [B, heads, N, N] to one array [B, L, heads, N, N]."""
     return torch.stack(list(maps.values()), dim=1).float().cpu().numpy()
 
@@ -102,7 +102,7 @@ def threshold_explorer_data(model: nn.Module, image: Tensor, display: Any | None
     if image.ndim != 3:
         raise ValueError(f"the explorer takes one image [3, H, W], got shape {tuple(image.shape)}")
     maps, grid = dense_maps(model, image[None])
-    return ThresholdData(to_rgb(image if display is None else display), _stack(maps)[0], list(maps), grid)
+    return ThresholdData(to_rgb(image if display is None else display), stacked(maps)[0], list(maps), grid)
 
 
 @exclusively
@@ -117,7 +117,7 @@ def attention_explorer_data(
     with sparsified(model, **as_sparsify) if sparse_model is None else nullcontext():
         sparse, _ = maps_on_grid(model if sparse_model is None else sparse_model, images)
     shown = [to_rgb(image) for image in (images if display is None else display)]
-    return AttentionData(shown, _stack(dense), _stack(sparse), list(dense), grid)
+    return AttentionData(shown, stacked(dense), stacked(sparse), list(dense), grid)
 
 
 def token_name(token: int, grid: TokenGrid) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from svit_course import notebooks
+from tools.book import find_chromium
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -31,10 +31,10 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if not found:
-        pytest.fail("Chromium is not installed: `apt install chromium`, or name it: CHROMIUM=/path/to/chromium")
-    return found
+    try:
+        return find_chromium()
+    except RuntimeError as error:
+        pytest.fail(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ pytest.importorskip("playwright")
 pytest.importorskip("sphinx_book_theme")
 pytest.importorskip("axe_playwright_python")
 
-from tools import book
 
 pytestmark = pytest.mark.browser
 
@@ -30,13 +29,6 @@ KINDS = [
     "notebooks/assignments/a_softmax_to_thresholded_attention",
 ]
 KINDS += ["results/README", "reference/attention", "commands/svit_utils_train", "search"]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("book") / "site"
-    book.build(out)
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from research.__main__ import parser as research_parser
 from svit_course import notebooks
 from svit_utils.__main__ import COMMANDS
 
@@ -47,14 +48,6 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole book, built strictly: a warning, or a name that cannot be found, is an error."""
-    out = tmp_path_factory.mktemp("book") / "site"
-    book.build(out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def pages(site: Path) -> dict[Path, Page]:
     return {path: Page(path) for path in sorted(site.rglob("*.html")) if "_static" not in path.parts}
 
@@ -63,6 +56,8 @@ def test_every_chapter_assignment_and_command_has_a_page(site: Path) -> None:
     for path in notebooks.NOTEBOOKS.rglob("*.ipynb"):
         assert (site / path.relative_to(notebooks.ROOT)).with_suffix(".html").is_file()
     assert {title.split()[-1] for title in book_pages.COMMANDS if "svit_utils" in title} == set(COMMANDS)
+    research = next(action.choices for action in research_parser()._actions if action.choices)
+    assert {title.split()[-1] for title in book_pages.COMMANDS if "research" in title} == set(research)
     assert len(list((site / "commands").glob("*.html"))) == len(book_pages.COMMANDS)
     text = (site / "commands" / "svit_utils_train.html").read_text(encoding="utf-8")
     assert "--tau-warmup" in text and "--empty-rows" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -21,13 +22,8 @@ X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def model() -> VisionTransformer:
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=(32, 48), patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5).eval()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight[:48] *= 12
-    return model
+def model(sharp_vit: Callable[[int], VisionTransformer]) -> VisionTransformer:
+    return sharp_vit(3)
 
 
 @pytest.fixture(scope="module")

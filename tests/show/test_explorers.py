@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 
 from svit_utils import sparsified, sparsify, thresholded_softmax
 from svit_utils.explain import TokenGrid, attention_maps
@@ -19,13 +18,8 @@ from svit_utils.show.explorers import AttentionData, ThresholdData, attention_li
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=(32, 48), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5).eval()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight[:48] *= 12
-    return model
+def model(sharp_vit):
+    return sharp_vit(2)
 
 
 X = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
