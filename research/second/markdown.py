@@ -61,9 +61,10 @@ def second_table(folder: Path) -> list[str]:
             for other in ("dense", "drawn"):
                 row = maps.get((setting, str(steps), other))
                 cells.append("" if row is None else f"{interval(row, 1, 3)} {row['result']}")
-            lines.append(f"| {' | '.join(cells)} |")
-    columns = (*COLUMNS, *MAP_COLUMNS)
-    return [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *lines] if lines else []
+            lines.append(cells)
+    columns = (*COLUMNS, *MAP_COLUMNS) if maps else COLUMNS  # scored later than the runs are done
+    rows = [columns, ["---"] * len(columns), *(cells[: len(columns)] for cells in lines)]
+    return [f"| {' | '.join(cells)} |" for cells in rows] if lines else []
 
 
 def interval(row: Mapping[str, str], *form: int) -> str:
@@ -78,10 +79,12 @@ def second_sentence(folder: Path) -> str:
     done = sum(row["size"] == "full" for row in rows)
     parts = [
         "3,000 test pictures that the first study has not seen; intervals: the wider of the crossed bootstrap's and "
-        "Student's over seeds, 95 %. *Not inferior*: the interval lies above -1 point; only five seeds are judged. AP: "
-        "average precision of the last layer's attention on the object, on the grid of the patches.",
+        "Student's over seeds, 95 %. *Not inferior*: the interval lies above -1 point; *inferior*: below it; only five "
+        "seeds are judged.",
         f"{done} of the 121 runs of the [plan](results/second/PLAN.md) are done.",
     ]
+    if any(row["measure"] == "attention" for row in read_rows(folder / "second" / "tables" / "contrasts.csv")):
+        parts.append("AP: average precision of the last layer's attention on the object, on the grid of the patches.")
     confirmed = read_rows(folder / "second" / "tables" / "confirmed.csv")
     if confirmed:
         results = {(row["measure"], row["other"]): row for row in confirmed}

@@ -34,6 +34,9 @@ def test_a_line_has_the_numbers_of_its_rows(tmp_path: Path) -> None:
     write(tmp_path, "settings", settings)
     margin = {"setting": "warmup", "steps": 450, "mean": -0.021, "low": -0.03, "high": -0.011, "result": "inferior"}
     write(tmp_path, "margins", [margin])
+    head, *_, last = second_table(tmp_path)  # no map is scored yet: no columns for them, and no word
+    assert head.count("|") == last.count("|") == len(COLUMNS) + 1 and last.endswith("| inferior |")
+    assert "AP" not in second_sentence(tmp_path)
     contrast = {"setting": "warmup", "steps": "450", "other": "drawn", "measure": "attention", "mean": -0.04}
     write(tmp_path, "contrasts", [{**contrast, "low": -0.05, "high": -0.03, "result": "lower"}])
     head, rule, *lines = second_table(tmp_path)
@@ -44,6 +47,7 @@ def test_a_line_has_the_numbers_of_its_rows(tmp_path: Path) -> None:
         "| tau 0.01, warmed up | 450 | 5 | 84 | 95.7 | -2.1 [-3.0, -1.1] | inferior "
         "|  | -0.040 [-0.050, -0.030] lower |",
     ]
+    assert "AP: average precision" in second_sentence(tmp_path)
     assert "0 of the 121 runs" in second_sentence(tmp_path)
     assert "Chosen" not in second_sentence(tmp_path)
     rows = [("accuracy", "dense", "open"), ("attention", "dense", "higher"), ("attention", "drawn", "lower")]
