@@ -28,6 +28,9 @@ POSIX_ONLY = [
     "training/test_signals.py",
 ]
 collect_ignore = POSIX_ONLY if os.name == "nt" else []
+# `make` started the tests, perhaps: the makes that tests start are none of its own, and do not inherit its settings.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
+    os.environ.pop(name, None)
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -31,7 +31,7 @@ def by_make(target: str, settings: dict[str, str]) -> list[list[str]]:
     command = ["make", "-n", "-o", ".venv/.made", target, *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     lines = done.stdout.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line)) and words[0] != "test" and "make[" not in words[0]]
+    return [words for line in lines if (words := shlex.split(line)) and words[0] != "test"]
 
 
 def by_do(target: str, settings: dict[str, str]) -> list[list[str]]:
