@@ -1,143 +1,156 @@
-"""Chapter 8 writes out the plan's rule and how a difference is read; they are the package's."""
+"""Chapter 8 writes out the referee's scores, the display and Holm's correction; they are the package's."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
-import pandas as pd
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from research.markdown import difference
-from research.study import tables
-from svit_utils.referee import paired_bootstrap
+from research.zeros import reachability
+from svit_utils.explain import displayed
+from svit_utils.records import verdict
+from svit_utils.referee import (
+    average_precision,
+    deletion_curve,
+    energy_in_mask,
+    holm,
+    infidelity,
+    random_maps,
+)
+from svit_utils.referee.infidelity import random_squares
 from tests.notebooks.notebook_functions import extract_function
 
-CHAPTER = "08"
-SIDES = ("higher", "lower", "open")
-SCOPE = {"math": math, "np": np, "pd": pd, "paired_bootstrap": paired_bootstrap, "SIDES": SIDES}
+CHAPTER = "08_the_referee"
+EXACT = {"rtol": 0, "atol": 1e-12}
 
 
-@pytest.mark.parametrize("better", [None, {"a": "lower"}, {"a": "lower", "b": "lower"}])
-@pytest.mark.parametrize("compared_with", [1, 2])
-def test_the_rule_in_every_case(compared_with: int, better: dict[str, str] | None) -> None:
-    by_hand = extract_function(CHAPTER, "verdict_by_hand", SCOPE)
-    answers = list(itertools.product(SIDES, repeat=compared_with))
-    said = set()
-    for a, b in itertools.product(answers, repeat=2):
-        results = {"a": list(a), "b": list(b)}
-        said.add(by_hand(results, better))
-        assert by_hand(results, better) == tables.verdict(results, better), results
-    assert said == {"holds", "does not hold", "open"}
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def test_the_rule_on_known_cases() -> None:
-    by_hand = extract_function(CHAPTER, "verdict_by_hand", SCOPE)
-    assert by_hand({"energy": ["higher", "higher"], "iou": ["open", "higher"]}) == "holds"
-    assert by_hand({"energy": ["higher", "open"]}) == "open"  # not better than the displayed map
-    assert by_hand({"energy": ["higher", "lower"]}) == "does not hold"  # better than dense, worse than displayed
-    assert by_hand({"energy": ["higher", "higher"], "iou": ["open", "lower"]}) == "open"  # the scores disagree
-    assert by_hand({"infidelity": ["lower"]}, {"infidelity": "lower"}) == "holds"
+class Bent(nn.Module):
+    """Three classes, nothing linear about them, in float64; images [B, 3, 8, 12]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3 * 8 * 12, 3, generator=generator(5), dtype=torch.float64) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.double().flatten(1) @ self.weights).sin() * 2
 
 
-def table() -> pd.DataFrame:
-    """Comparisons of three maps with every kind of answer."""
-    rows = []
-    for family, metrics in (("localisation", tables.LOCALISATION_SCORES), ("faithfulness", tables.FAITHFULNESS_SCORES)):
-        for index, (kind, name) in enumerate(itertools.product(("sparse", "warmup"), ("attention", "rollout"))):
-            for count, metric in enumerate(metrics):
-                for second in ("dense", "dense displayed"):
-                    better = "lower" if metric in tables.LOWER_IS_BETTER else "higher"
-                    result = "open" if second == "dense" and count else SIDES[(index + count) % 3]
-                    rows.append((family, kind, second, name, metric, better, result))
-    return pd.DataFrame(rows, columns=["family", "first", "second", "map", "metric", "better", "result"])
+@pytest.mark.parametrize("levels", [2, 5, 10_000])
+def test_average_precision(levels: int) -> None:
+    by_hand = extract_function(CHAPTER, "average_precision_by_hand", {"torch": torch})
+    heat = (torch.rand(6, 9, 7, generator=generator(0), dtype=torch.float64) * levels).floor()  # many ties, or none
+    masks = torch.rand(6, 9, 7, generator=generator(1)) > 0.7
+    got = torch.stack([by_hand(h, m) for h, m in zip(heat, masks, strict=True)])
+    torch.testing.assert_close(got, average_precision(heat, masks), **EXACT)
 
 
-def test_verdicts_from_comparisons() -> None:
-    """`pick`, `by_score` and the rule together give what `verdict_table` writes."""
-    frame = table()
-    scope = SCOPE | {"judged": frame}
-    pick = extract_function(CHAPTER, "pick", scope)
-    by_score = extract_function(CHAPTER, "by_score", scope)
-    by_hand = extract_function(CHAPTER, "verdict_by_hand", scope)
-    written = tables.verdict_table(frame)
-    assert len(written) == 8 and written["verdict"].nunique() > 1
-    for row in written.itertuples():
-        rows = pick(row.family, row.arm, row.map)
-        assert len(rows) == row.comparisons
-        assert by_hand(*by_score(rows)) == row.verdict
-    assert len(pick("localisation", "sparse")) == 16
+@pytest.mark.parametrize("steps", [1, 4, 6, 24])
+def test_deletion(steps: int) -> None:
+    by_hand = extract_function(CHAPTER, "deletion_by_hand", {"torch": torch, "F": F})
+    x = torch.randn(4, 3, 8, 12, generator=generator(0))
+    heat, targets = random_maps(4, (4, 6), seed=1), [0, 2, 1, 1]
+    wanted = deletion_curve(Bent(), x, heat, targets, steps=steps)
+    got = torch.stack([by_hand(Bent(), *each, steps) for each in zip(x, heat, targets, strict=True)])
+    assert got.shape == (4, steps + 1)
+    torch.testing.assert_close(got, wanted, **EXACT)
 
 
-def test_a_difference_is_written_as_in_the_summary() -> None:
-    sentence = extract_function(CHAPTER, "sentence", SCOPE)
-    as_row = extract_function(CHAPTER, "as_row", SCOPE)
+def test_the_true_order_of_a_sum_is_the_best_of_all() -> None:
+    names = {"torch": torch, "nn": nn, "F": F}
+    model = extract_function(CHAPTER, "WeightedSum", names)(torch.tensor([[0.4, -2.0], [1.5, 0.7]]).double())
+    by_hand = extract_function(CHAPTER, "deletion_by_hand", names)
+    best = by_hand(model, torch.ones(3, 4, 4), model.weights.detach(), 1, 4)
+    for order in itertools.permutations(range(4)):
+        curve = by_hand(model, torch.ones(3, 4, 4), torch.tensor(order).double().view(2, 2), 1, 4)
+        assert (best <= curve + 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", ["noise", "gradient", "zeros"])
+def test_infidelity(kind: str) -> None:
+    by_hand = extract_function(CHAPTER, "infidelity_by_hand", {"torch": torch})
+    model, target = Bent(), 1
+    x = torch.randn(1, 3, 8, 12, generator=generator(3), dtype=torch.float64).requires_grad_()
+    slope = torch.autograd.grad(model(x)[0, target], x)[0].sum(dim=1)  # [1, 8, 12]
+    heat = {"noise": random_maps(1, (8, 12)).double(), "gradient": slope, "zeros": torch.zeros(1, 8, 12)}[kind]
+    x = x.detach()
+    wanted = infidelity(model, x, heat, target, perturbations=30, multiply_by_inputs=False, seed=2)
+    draws = torch.rand(1, 30, 3, generator=generator(2), dtype=torch.float64)[0]  # the same as the package's
+    removed = random_squares(draws, (8, 12))
+    got = by_hand(model, x[0], heat.expand(3, -1, -1), target, removed)
+    torch.testing.assert_close(got, wanted[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.01, 0.04, 0.2, 0.9])
+def test_displayed(tau: float) -> None:
+    by_hand = extract_function(CHAPTER, "displayed_by_hand", {"torch": torch})
+    weights = (2 * torch.randn(5, 3, 40, generator=generator(0), dtype=torch.float64)).softmax(dim=-1)
+    got = by_hand(weights, tau)
+    torch.testing.assert_close(got, displayed(weights, tau), **EXACT)
+    if tau == 0.9:  # no row has a survivor
+        assert torch.equal(got, weights)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_reached(residual: bool) -> None:
+    by_hand = extract_function(CHAPTER, "reached", {"torch": torch})
+    maps = [(2 * torch.randn(3, 2, 11, 11, generator=generator(layer)) - 3).relu() for layer in range(4)]
+    by_layers = [float(reachability(maps[-depth:], residual)[-1, :, 0, 1:].double().mean()) for depth in range(1, 5)]
+    got = by_hand(maps, residual=residual)
+    assert got.tolist() == pytest.approx(by_layers, abs=1e-6) and 0 < by_layers[0] < 1
+    # One row that fell back reaches everything, unless it is left out; then it is as if it read nothing.
+    full = [layer.clone() for layer in maps]
+    full[2][:, 0, 5] = 1.0
+    empty = [layer.clone() for layer in maps]
+    empty[2][:, 0, 5] = 0.0
+    assert by_hand(full, 10, residual).tolist() == by_hand(empty, None, residual).tolist()
+
+
+def test_holm() -> None:
+    by_hand = extract_function(CHAPTER, "holm_by_hand")
     rng = np.random.default_rng(0)
-    a, b = rng.random(500) < 0.8, rng.random(500) < 0.7
-    interval = paired_bootstrap(b.astype(float), a.astype(float))
-    assert sentence(as_row(interval), factor=100, digits=1) == difference(a, b)
-    assert sentence({"mean": 0.25, "low": math.nan, "high": math.nan}, digits=2) == "+0.25 (one seed)"
+    for m in (1, 2, 7, 40):
+        for p in (rng.uniform(size=m), rng.uniform(size=m) ** 4, rng.integers(0, 3, size=m) / 100):
+            np.testing.assert_allclose(by_hand(list(p)), holm(p), rtol=0, atol=1e-15)
 
 
-def test_what_runs_were_given() -> None:
-    given = extract_function(CHAPTER, "given", SCOPE)
-    rows = [{"steps": "450", "lr": rate} for rate in ("0.0003", "5e-05", "0.0003")]
-    assert given(rows[:1]) == "450 steps, rate 0.0003"
-    assert given(row for row in rows) == "450 steps, rate 5e-05 or 0.0003"
-    assert given([]) == "not run"
+def test_verdict() -> None:
+    by_hand = extract_function(CHAPTER, "verdict_by_hand")
+    outcomes, good = ("higher", "lower", "open"), {"first": "higher", "second": "lower"}
+    for four in itertools.product(outcomes, repeat=4):
+        results = {"first": list(four[:2]), "second": list(four[2:])}
+        assert by_hand(results, good) == verdict(results, good)
 
 
-def test_both_intervals_of_a_row() -> None:
-    both = extract_function(CHAPTER, "both_intervals", SCOPE)
-    row = {"mean": -0.06, "crossed_low": -0.08, "crossed_high": -0.04, "student_low": -0.181, "student_high": 0.06}
-    assert both(row, 100, 1) == "-6.0, crossed [-8.0, -4.0], Student's t [-18.1, +6.0]"
-
-
-def test_the_rule_says_something_of_a_map_that_is_only_drawn() -> None:
-    """The control of 8.5: lower than dense in one score, and the same as itself, is enough for "does not hold"."""
-    by_hand = extract_function(CHAPTER, "verdict_by_hand", SCOPE)
-    with_itself = {"energy": ["higher", "open"], "iou": ["lower", "open"], "ap": ["open", "open"]}
-    assert by_hand(with_itself) == tables.verdict(with_itself) == "does not hold"
-    assert by_hand({"energy": ["higher", "open"], "ap": ["open", "open"]}) == "open"
-
-
-def test_one_pair() -> None:
-    one_pair = extract_function(CHAPTER, "one_pair", SCOPE)
-    sparse, dense = np.array([True, False] * 50), np.array([True] * 100)
-    interval = one_pair(sparse, dense)
-    assert interval.mean == -0.5 and -0.62 < interval.low < interval.high < -0.38
-    assert one_pair(None, dense) is None and one_pair(sparse, None) is None
-
-
-def test_quality_reads_the_good_side() -> None:
-    quality = extract_function(CHAPTER, "quality", SCOPE)
-    for better in ("higher", "lower"):
-        said = [quality({"result": side, "better": better}) for side in SIDES]
-        assert said == (["better", "worse", "open"] if better == "higher" else ["worse", "better", "open"])
-
-
-def test_turned_makes_more_better() -> None:
-    scope = SCOPE | {"GOOD_SIDE": {"swapped": "higher", "erased": "lower"}}
-    turned = extract_function(CHAPTER, "turned", scope)
-    rows = pd.DataFrame(
-        [
-            ("localisation", "attention", "higher", 1.0, 0.5, 1.5),
-            ("faithfulness", "attention", "lower", 1.0, 0.5, 1.5),
-            (
-                "background",
-                "erased",
-                "higher",
-                1.0,
-                0.5,
-                1.5,
-            ),  # the table says higher; without an object, less is better
-            ("background", "swapped", "higher", 1.0, 0.5, 1.5),
-        ],
-        columns=["family", "map", "better", "mean", "low", "high"],
+def test_the_careless_scores_are_careless() -> None:
+    """They depend on where the object lies, or give a blank map full marks; the package's do neither."""
+    names = {"torch": torch}
+    pointing, generous, iou = (
+        extract_function(CHAPTER, name, names) for name in ("careless_pointing", "generous_pointing", "careless_iou")
     )
-    found = turned(rows)
-    assert found["mean"].tolist() == [1.0, -1.0, -1.0, 1.0]
-    assert found["low"].tolist() == [0.5, -1.5, -1.5, 0.5]
-    assert found["high"].tolist() == [1.5, -0.5, -0.5, 1.5]
-    assert rows["mean"].tolist() == [1.0] * 4
+    blank, mask = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2] = True
+    for careless in (pointing, iou):
+        assert (careless(blank, mask), careless(blank, mask.flip(0))) == (1.0, 0.0)
+    assert generous(blank, mask) == generous(blank, mask.flip(0)) == 1.0
+
+
+def test_the_cheat_sees_only_the_frame() -> None:
+    frame_reader = extract_function(CHAPTER, "FrameReader", {"torch": torch, "nn": nn, "F": F})
+    x = torch.randn(40, 3, 12, 12, generator=generator(0))
+    cheat = frame_reader(x, torch.arange(40) % 10)
+    inside = x.clone()
+    inside[:, :, 2:-2, 2:-2] = 7.0
+    with torch.no_grad():
+        torch.testing.assert_close(cheat(inside), cheat(x), rtol=0, atol=1e-6)
+    gradient = extract_function(CHAPTER, "pixel_gradient", {"torch": torch})(cheat, x, torch.arange(40) % 10)
+    middle = torch.zeros(40, 12, 12, dtype=torch.bool)
+    middle[:, 2:-2, 2:-2] = True
+    assert float(energy_in_mask(gradient, middle).max()) == 0
