@@ -49,7 +49,7 @@ class Question:
         probe: ``(case, *answers)`` -> what was seen: a dict of tensors, arrays, numbers, strings, or lists of them.
         judge: ``(case, seen)`` -> None, or raises `Wrong`. Arrays come as NumPy arrays.
         hints: a ladder: where to look, what to do, nearly how.
-        section: where the book explains it, for example ``"chapter 1, section 2"``.
+        section: where the book explains it, for example ``"chapter 1, section 1.2"``.
         prepare: case -> case with the inputs in it that only a reference can compute: the probe, which runs beside the
             student's code, is not to need one.
     """

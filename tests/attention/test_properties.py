@@ -1,6 +1,6 @@
 """Facts about one row of thresholded attention, on rows drawn with a stated number of survivors.
 
-p = softmax(s), S = {j : p_j > tau}, k = |S|, r_j = p_j - tau on S, Z = sum(r). Everything in float64.
+p = softmax(s), J = {j : p_j > tau}, k = |J|, r_j = p_j - tau on J, Z = sum(r). Everything in float64.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: p
 
 def test_feedback_shows_the_message_and_no_solution(graded: tuple[Path, Path]) -> None:
     page = (graded[1] / "feedback" / "eli" / f"{MASTER.stem}.html").read_text(encoding="utf-8")
-    assert "was it renamed?" in page and "chapter 1, sections 2 and 5" in page
+    assert "was it renamed?" in page and "chapter 1, sections 1.2 and 1.5" in page
     assert "np.where(z &gt; 0, z, 1)" not in page and "seed" not in page
 
 

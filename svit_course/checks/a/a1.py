@@ -58,5 +58,5 @@ QUESTION = Question(
         "lines up with its row.",
         "exp(1000) is infinite. softmax(s) = softmax(s - c) for any c: choose c so that the largest exponent is 0.",
     ),
-    section="chapter 1, section 1",
+    section="chapter 1, section 1.1",
 )

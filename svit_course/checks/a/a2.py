@@ -73,5 +73,5 @@ QUESTION = Question(
         "A row that loses every key has Z = 0. Divide where Z > 0 and leave zeros elsewhere: np.divide(..., where=...) "
         "with out=, or divide by Z with its zeros replaced by ones.",
     ),
-    section="chapter 1, sections 2 and 5",
+    section="chapter 1, sections 1.2 and 1.5",
 )

@@ -61,5 +61,5 @@ QUESTION = Question(
         "attention = cut(softmax(q @ k.T / sqrt(d)), tau) @ v, with d = q.shape[-1]. Test it with other numbers of "
         "queries than of keys.",
     ),
-    section="chapter 1, sections 1 and 2",
+    section="chapter 1, sections 1.1 and 1.2",
 )

@@ -123,5 +123,5 @@ QUESTION = Question(
         "Which rows are empty? Z == 0, shape [..., N, 1]. torch.where(empty, p, a) chooses between two tensors.",
         "torch.where differentiates both sides. Where Z is 0, divide by 1 instead: r / z.masked_fill(empty, 1.0).",
     ),
-    section="chapter 1, section 5, and chapter 2, section 2",
+    section="chapter 1, section 1.5, and chapter 2, section 2.2",
 )

@@ -37,7 +37,7 @@ def g_mistakes(given: Given) -> Iterator[Mistake]:
     yield g * z, "g is not divided by Z, the row's sum of ReLU(p - tau)"
     yield constant * z, "g is dO.v_j on the survivors: subtract D = dO.o, and divide by Z"
     every = formula(given, every_key=True)["dp"]
-    yield every, "cut keys have a g: below tau the ReLU is flat, so g is 0 there (the factor 1_S)"
+    yield every, "cut keys have a g: below tau the ReLU is flat, so g is 0 there (the factor 1_J)"
     along = d_out @ v.swapaxes(-1, -2)
     yield along, "this is dO.v_j, the gradient of the weights A: go back through the division by Z and the ReLU"
     yield library(given)["ds"], "this is the gradient of the scores; g stops before the softmax, at p"
@@ -83,5 +83,5 @@ QUESTION = Question(
         "g = (p > tau) * (dO.v_j - D) / Z with D and Z of shape [..., N, 1], and dv = A transposed, times dO. Replace "
         "Z = 0 by 1 before you divide.",
     ),
-    section="chapter 1, section 7",
+    section="chapter 1, section 1.7",
 )

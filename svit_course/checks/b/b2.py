@@ -73,5 +73,5 @@ QUESTION = Question(
         "The row's sum of p * g is tau G, with G the row's sum of g. Both forms are right: p * (g - tau * G), with G "
         "of shape [..., N, 1].",
     ),
-    section="chapter 1, section 7",
+    section="chapter 1, section 1.7",
 )

@@ -54,5 +54,5 @@ QUESTION = Question(
         "tau[:, None, None] lines [H] up with [B, H, N, M]. Find the empty rows by (p > tau) before any fallback, make "
         "their G zero, and sum G [B, H, N] over dim=(0, 2), with a minus sign.",
     ),
-    section="chapter 2, section 9, and chapter 1, section 7",
+    section="chapter 2, section 2.9, and chapter 1, section 1.7",
 )

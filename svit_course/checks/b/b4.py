@@ -275,5 +275,5 @@ QUESTION = Question(
         "holds for both. learnable_attention: tau = torch.sigmoid(logit), then ThresholdedAttention.apply(q, k, v, "
         "tau).",
     ),
-    section="chapter 1, section 7, and chapter 2, section 9",
+    section="chapter 1, section 1.7, and chapter 2, section 2.9",
 )

@@ -372,5 +372,5 @@ QUESTION = Question(
         "and k; boolean mask: masked_fill(~mask, -inf), other: added; is_causal: a lower triangle of True (tril). "
         "After A @ v: transpose(1, 2), flatten(2), norm, proj, proj_drop.",
     ),
-    section="chapter 2, sections 3, 4, 6 and 7",
+    section="chapter 2, sections 2.3, 2.4, 2.6 and 2.7",
 )

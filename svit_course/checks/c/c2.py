@@ -230,5 +230,5 @@ QUESTION = Question(
         "Take modules of both classes in convert, so that a second call sets the new tau. No name at the end: "
         "raise ValueError(f'{type(model).__name__} has no ...'). In restore, `del module.tau` as well.",
     ),
-    section="chapter 2, section 8",
+    section="chapter 2, section 2.8",
 )

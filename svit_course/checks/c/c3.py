@@ -142,5 +142,5 @@ QUESTION = Question(
         "For nested blocks note {module: module.tau} of the modules that are cut already, before convert. In finally: "
         "restore(model), and then give these their class and their tau back.",
     ),
-    section="chapter 2, section 8",
+    section="chapter 2, section 2.8",
 )

@@ -320,5 +320,5 @@ QUESTION = Question(
         "for sparse in (False, True): ... In the sparse run call sparsify(model, tau_at(step, tau, ramp)) before each "
         "forward pass (a model that is sparse already gets the new tau), and sparsify(model, tau) before test_images.",
     ),
-    section="chapter 3, sections 3, 5 and 6, and chapter 4, section 4.1",
+    section="chapter 3, sections 3.3, 3.5 and 3.6, and chapter 4, section 4.1",
 )

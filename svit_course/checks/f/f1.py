@@ -117,5 +117,5 @@ QUESTION = Question(
         "(cut - dense).norm(dim=1) / dense.norm(dim=1), with dense = model(images) outside the with block and "
         "cut = model(images) inside it, all under torch.no_grad().",
     ),
-    section="chapter 2, sections 8 and 9",
+    section="chapter 2, sections 2.8 and 2.9",
 )

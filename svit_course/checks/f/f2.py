@@ -98,5 +98,5 @@ QUESTION = Question(
         "For l in range(len(model.blocks)) and t in taus: output_error(model, {l: t}, images).mean(), put into a list "
         "of rows, one row per layer, and np.array around it.",
     ),
-    section="chapter 2, section 9",
+    section="chapter 2, section 2.9",
 )

@@ -68,5 +68,5 @@ QUESTION = Question(
         "For each choice add up error_table[l, j] over the layers; skip it above the budget (equal is allowed); keep "
         "the one with the largest sum of sparsity_table[l, j]. Return taus[j], not j.",
     ),
-    section="chapter 2, section 9, and chapter 4, section 4.7",
+    section="chapter 2, section 2.9, and chapter 4, section 4.7",
 )

@@ -1,7 +1,7 @@
 """The CPU backend: the same numbers as the formula, a tile of queries at a time, in memory linear in N.
 
-The backward pass computes each tile again. With S = {j : p_j > tau}, Z = sum_S (p_j - tau), D = dO . o and
-g_j = 1_S (dO . v_j - D) / Z (the gradient of p_j):
+The backward pass computes each tile again. With J = {j : p_j > tau}, Z = sum_J (p_j - tau), D = dO . o and
+g_j = 1_J (dO . v_j - D) / Z (the gradient of p_j):
 
     dV = (R / Z)^T dO,   dS = p (g - sum_j p_j g_j),   dtau = -sum g
 

@@ -1,11 +1,11 @@
 """The GPU backend: Triton kernels, in memory linear in N.
 
-With S = {j : p_j > cut}, k = |S|, D = dO . o, Z = sum_S (p_j - cut) and G = sum_S (dO . v_j - D) / Z = sum g_j, the
+With J = {j : p_j > cut}, k = |J|, D = dO . o, Z = sum_J (p_j - cut) and G = sum_J (dO . v_j - D) / Z = sum g_j, the
 backward pass is
 
-    g_j = 1_S (dO . v_j - D) / Z,   dS = p (g - cut G),   dV = (R / Z)^T dO,   dtau = -G
+    g_j = 1_J (dO . v_j - D) / Z,   dS = p (g - cut G),   dV = (R / Z)^T dO,   dtau = -G
 
-since sum_j p_j g_j = sum_S (p_j - cut) g_j + cut G, and the first of these is 0. ``cut`` is what a row is cut at. Where
+since sum_j p_j g_j = sum_J (p_j - cut) g_j + cut G, and the first of these is 0. ``cut`` is what a row is cut at. Where
 that is not tau, tau gets no gradient: an empty row is cut at 0 under ``"dense"``, has constant weights under ``"top1"``
 and none under ``"zero"``; a row capped at half its largest p has -G / 2 in the gradient of that p in place of -cut G.
 Of several equally large keys the first one gets it, where the formula divides it among them.
