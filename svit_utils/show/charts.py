@@ -179,3 +179,56 @@ def forest(intervals: Mapping[str, Any], *, xlabel: str, title: str = "", scale:
         axis.set_xlabel(xlabel)
         figure.suptitle(title, fontsize=11)  # over labels and axes: there it has room
     return with_alt(figure, f"Intervals around a line at zero, {xlabel}: {'; '.join(spoken)}.")
+
+
+def comparison_forest(
+    table: pd.DataFrame, *, xlabel: str, title: str = "", scale: float = 100, margin: float | None = None
+) -> Figure:
+    """Comparisons of a study as intervals around 0, under headings; filled where decided, hollow where open.
+
+    Args:
+        table: a row per comparison with the columns `group` (a heading), `label` (a line under it), `series` (a colour
+            and marker each), `mean`, `low`, `high` and `result`; ValueError for a missing column or no row. "higher",
+            "lower", "inferior" and "not inferior" are decided; anything else is open, also where 0 is excluded.
+        xlabel: what is measured, with its unit.
+        scale: factor of every number; 100 makes percentage points of a difference of shares.
+        margin: where a dashed line is drawn, in the axis' units: what a setting may lose and still be "not inferior".
+    """
+    _check_columns("the table", table, ("group", "label", "series", "mean", "low", "high", "result"))
+    if table.empty:
+        raise ValueError("a forest plot needs at least one comparison, got none")
+    series, spoken, ticks, y = list(dict.fromkeys(table["series"])), [], {}, 0.0
+    step = max(1.0, 0.3 + 0.26 * len(series))  # from line to line
+    colours = [COLOURS[name] for name in ("blue", "vermilion", "green", "purple", "black")]
+    looks = {name: (colours[index % 5], "osD^v"[index % 5]) for index, name in enumerate(series)}
+    count = table["group"].nunique() + step * len(table[["group", "label"]].drop_duplicates())
+    with styled_figure(5.4, 1.3 + 0.27 * count) as figure:
+        axis = figure.subplots()
+        axis.axvline(0, color="#444444", linewidth=1)
+        if margin is not None:
+            axis.axvline(margin, color="#444444", linewidth=1, linestyle=(0, (4, 3)))
+        for group, part in table.groupby("group", sort=False):
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            place = {"transform": axis.get_yaxis_transform(), "va": "center", "bbox": paper}
+            axis.text(0.01, y, str(group), fontweight="bold", **place)  # type: ignore[arg-type]
+            spoken.append(f"{group}:")
+            for label, rows in part.groupby("label", sort=False):
+                y += step
+                ticks[y] = str(label)
+                for _, row in rows.iterrows():
+                    here = y + 0.26 * (series.index(row["series"]) - (len(series) - 1) / 2)
+                    mean, low, high = (scale * row[name] for name in ("mean", "low", "high"))
+                    decided = row["result"] in ("higher", "lower", "inferior", "not inferior")
+                    colour, marker = looks[row["series"]]
+                    axis.plot([low, high], [here, here], color=colour, linewidth=1.6)
+                    axis.plot(mean, here, marker, color=colour, markersize=5.5, mfc=colour if decided else "white")
+                    said = row["result"] if decided else "open"
+                    spoken.append(f"{label}, {row['series']} {mean:+.1f} [{low:+.1f}, {high:+.1f}] {said};")
+            y += (1 + step) / 2
+        for name, (colour, marker) in looks.items():
+            axis.plot([], [], marker, color=colour, label=name)
+        axis.plot([], [], "o", color="#444444", mfc="white", label="hollow: open")
+        axis.set_yticks(list(ticks), list(ticks.values()))
+        axis.set(xlabel=xlabel, ylim=(y - 0.3, -0.6))
+        figure.legend(loc="outside upper center", ncols=3, fontsize=9, title=title or None, columnspacing=1)
+    return with_alt(figure, f"Intervals around a line at zero, {xlabel}, by {', '.join(series)}. {' '.join(spoken)}")

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from research.zeros import reachability
 from svit_utils.explain import displayed
-from svit_utils.records import verdict
 from svit_utils.referee import (
     average_precision,
     deletion_curve,
@@ -98,35 +96,12 @@ def test_displayed(tau: float) -> None:
         assert torch.equal(got, weights)
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_reached(residual: bool) -> None:
-    by_hand = extract_function(CHAPTER, "reached", {"torch": torch})
-    maps = [(2 * torch.randn(3, 2, 11, 11, generator=generator(layer)) - 3).relu() for layer in range(4)]
-    by_layers = [float(reachability(maps[-depth:], residual)[-1, :, 0, 1:].double().mean()) for depth in range(1, 5)]
-    got = by_hand(maps, residual=residual)
-    assert got.tolist() == pytest.approx(by_layers, abs=1e-6) and 0 < by_layers[0] < 1
-    # One row that fell back reaches everything, unless it is left out; then it is as if it read nothing.
-    full = [layer.clone() for layer in maps]
-    full[2][:, 0, 5] = 1.0
-    empty = [layer.clone() for layer in maps]
-    empty[2][:, 0, 5] = 0.0
-    assert by_hand(full, 10, residual).tolist() == by_hand(empty, None, residual).tolist()
-
-
 def test_holm() -> None:
     by_hand = extract_function(CHAPTER, "holm_by_hand")
     rng = np.random.default_rng(0)
     for m in (1, 2, 7, 40):
         for p in (rng.uniform(size=m), rng.uniform(size=m) ** 4, rng.integers(0, 3, size=m) / 100):
             np.testing.assert_allclose(by_hand(list(p)), holm(p), rtol=0, atol=1e-15)
-
-
-def test_verdict() -> None:
-    by_hand = extract_function(CHAPTER, "verdict_by_hand")
-    outcomes, good = ("higher", "lower", "open"), {"first": "higher", "second": "lower"}
-    for four in itertools.product(outcomes, repeat=4):
-        results = {"first": list(four[:2]), "second": list(four[2:])}
-        assert by_hand(results, good) == verdict(results, good)
 
 
 def test_the_careless_scores_are_careless() -> None:

@@ -163,6 +163,42 @@ def test_forest_marks_the_intervals_that_exclude_zero():
         show.forest({}, xlabel="difference")
 
 
+COMPARISONS = pd.DataFrame(
+    [
+        ("attention", "AP", "sparse", -0.05, -0.08, -0.02, "lower"),
+        ("attention", "AP", "warmup", -0.04, -0.07, -0.01, "open"),  # excludes 0, and is open
+        ("rollout", "AP", "sparse", 0.01, -0.01, 0.03, "incomplete"),
+    ],
+    columns=["group", "label", "series", "mean", "low", "high", "result"],
+)
+
+
+def test_comparison_forest_fills_what_is_decided():
+    """Not what excludes 0: of forty comparisons, some intervals do by chance, and Holm's correction decides."""
+    figure = show.comparison_forest(COMPARISONS, xlabel="difference (hundredths)", margin=-1.0)
+    [axis] = figure.axes
+    bars = [line for line in axis.lines if line.get_linewidth() == 1.6]
+    np.testing.assert_allclose([bar.get_xdata() for bar in bars], [[-8, -2], [-7, -1], [-1, 3]])
+    heights = [bar.get_ydata()[0] for bar in bars]
+    assert heights[0] < heights[1] < heights[2]  # from top to bottom, none over another
+    marks = [line for line in axis.lines if line.get_marker() != "None" and len(line.get_xdata()) == 1]
+    assert [mark.get_markerfacecolor() != "white" for mark in marks] == [True, False, False]
+    assert [mark.get_marker() for mark in marks] == ["o", "s", "o"]  # series are told apart by more than colour
+    assert [text.get_text() for text in axis.texts] == ["attention", "rollout"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["AP", "AP"]
+    assert any(line.get_linestyle() == "--" and set(line.get_xdata()) == {-1.0} for line in axis.lines)
+    alt = show.alt_of(figure)
+    assert "attention: AP, sparse -5.0 [-8.0, -2.0] lower; AP, warmup -4.0 [-7.0, -1.0] open;" in alt
+    assert "rollout: AP, sparse +1.0 [-1.0, +3.0] open;" in alt
+
+
+def test_comparison_forest_asks_for_its_columns():
+    with pytest.raises(ValueError, match="no column 'result'"):
+        show.comparison_forest(COMPARISONS.drop(columns="result"), xlabel="difference")
+    with pytest.raises(ValueError, match="at least one comparison"):
+        show.comparison_forest(COMPARISONS[:0], xlabel="difference")
+
+
 def test_overlay_colours_follow_the_map():
     heat = torch.zeros(2, 2)
     heat[0, 1] = 3.0

@@ -157,5 +157,5 @@ QUESTION = Question(
         "r = (weights - tau).relu(), z its row sum; torch.where(z > 0, r / z.clamp_min(1e-12), weights). Then "
         "rows = weights[:, :, 0]; if tau is not None: rows = drawn_through(rows, tau); rows.mean(dim=1)[:, prefix:].",
     ),
-    section='chapter 8, section 5, and chapter 5, section "Attention per head, dense beside sparse"',
+    section='chapter 8, section 8.5, and chapter 5, section "Attention per head, dense beside sparse"',
 )
