@@ -51,6 +51,8 @@ STUDENT_README = """\
 
 Write your answers where the cells say `YOUR CODE HERE` and `YOUR ANSWER HERE`, and leave the test cells alone: their
 originals are run when you are graded. `check(...)` under a question tells at once what is wrong, `hint("a1")` helps on.
+Import what you like, except what the head of an assignment forbids because it would be the answer: a cell that uses it
+is not run when you are graded, and `check(...)` says so at once. Only the cell of a plot may use everything.
 Keep the notebooks' names, and hand in the `.ipynb` file itself.
 """
 

@@ -98,11 +98,6 @@ def cells(notebook: Any) -> list[Cell]:
     return found
 
 
-def library_allowed(notebook: Any) -> bool:
-    """Whether answers may import from `svit_utils` what they were not handed: an open project's master says so."""
-    return bool(notebook.metadata.get("svit", {}).get("library") == "allowed")
-
-
 def read_cells(path: Path) -> list[Cell]:
     """`cells` of the notebook in a file."""
     return cells(notebooks.read(path))

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from svit_course import rule
+
 Case = Mapping[str, Any]
 Seen = dict[str, Any]
 ASSIGNMENTS = ("a", "b", "c", "d", "e", "f")
@@ -141,12 +143,15 @@ def check(name: str, *answers: Any, cases: Sequence[Case] | None = None) -> None
         cases: other cases than the visible ones.
 
     Raises:
-        Wrong: the answer does not hold; the text names the case and the likely mistake.
+        Wrong: the answer does not hold, and the text names the case and the likely mistake; or it would be refused when
+            it is graded, because it comes from a cell that takes from the library what the assignment forbids.
         ValueError: unknown question, or another number of answers.
     """
     asked = question(name)
     if len(answers) != len(asked.answers):
         raise ValueError(f"check({name!r}, ...) takes {', '.join(asked.answers)}, got {len(answers)} answers")
+    if refused := rule.breach_in(name[0], asked.answers, rule.cells_run()):
+        raise Wrong(f"{name}: {refused}")
     chosen = asked.cases if cases is None else tuple(cases)
     for case in chosen:
         decide(asked, case, ask(asked, answers, case))

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
 
-from svit_course import masters
+from svit_course import masters, rule
+from svit_course.grading.flags import flags
 from svit_course.masters import Cell
 from svit_course.question import questions
 from svit_course.stamp import SETUP_ID, setup_source
@@ -25,6 +25,7 @@ from svit_course.stamp import SETUP_ID, setup_source
 MOST = 5000  # cells
 LARGEST = 8 * 2**20  # characters of all sources
 LONGEST = 200_000  # characters of a cell
+FLAGS = 300  # characters of what is said of a cell
 
 
 @dataclass
@@ -41,13 +42,15 @@ class Found:
 class ToRun:
     """A cell to run or to show.
 
-    ``part``: as the master's cell of that id says, or ``own``; ``refused``: why it is not run, ``""`` if it is.
+    ``part``: as the master's cell of that id says, or ``own``; ``refused``: why it is not run, ``""`` if it is;
+    ``flags``: what in it a human should look at, see `svit_course.grading.flags`.
     """
 
     id: str
     part: str
     source: str
     refused: str = ""
+    flags: str = ""
 
 
 def read(data: bytes, original: Any) -> tuple[list[ToRun], list[str]]:
@@ -61,17 +64,23 @@ def read(data: bytes, original: Any) -> tuple[list[ToRun], list[str]]:
     """
     found, notes = named(_cells(data), original)
     everything = masters.cells(original)
-    strict = not masters.library_allowed(original)
     shown = [ToRun(f.name, "written", f.source) for f in found if _part(everything, f.name) == "written"]
-    result = []
-    for cell in plan(found, everything):
-        refused = ""
-        if len(cell.source) > LONGEST:
+    result, planned = [], plan(found, everything)
+    asked = rule.rule_of(everything[-1].id[0], (c.source for c in planned if c.part != "plot" and not _long(c)))
+    for cell in planned:
+        refused, suspicious = "", list[str]()
+        if _long(cell):
             refused = f"it has more than {LONGEST:,} characters"
-        elif strict and cell.part in ("answer", "own") and borrows(cell.source):
-            refused = "it names svit_utils: the answer is to be written, not imported"
-        result.append(ToRun(cell.id, cell.part, cell.source, refused))
+        elif cell.part in ("answer", "own"):
+            refused, suspicious = asked.breach(cell.source), flags(cell.source)
+            if refused and cell.part == "own":
+                refused += "; what else the cell defines is missing now"
+        result.append(ToRun(cell.id, cell.part, cell.source, refused, ", ".join(suspicious)[:FLAGS]))
     return [*result, *shown], notes
+
+
+def _long(cell: Cell) -> bool:
+    return len(cell.source) > LONGEST
 
 
 def _part(cells: Sequence[Cell], name: str) -> str:
@@ -200,11 +209,9 @@ def _defines(source: str) -> set[str]:
 
 def _parsed(source: str) -> list[ast.stmt]:
     """The statements of a cell; none where it is no Python, which running it will say."""
-    while source.lstrip().startswith("%%"):  # what stands below a cell magic may be run
-        source = source.lstrip().partition("\n")[2]
     try:
-        return ast.parse(TransformerManager().transform_cell(source)).body
-    except Exception:  # whatever code that was made for it makes a parser raise
+        return rule.tree_of(rule.transformed(source)).body
+    except (RecursionError, MemoryError):
         return []
 
 
@@ -235,19 +242,3 @@ def plan(found: Sequence[Found], original: Sequence[Cell]) -> list[Cell]:
         elif cell.id in present:
             place = next(i for i, c in enumerate(cells) if c.id == cell.id) + 1
     return list(masters.runnable(cells))
-
-
-def borrows(source: str) -> bool:
-    """Whether the code names `svit_utils`, also in a text that is code. An answer is to be written, not imported."""
-    if "svit_utils" not in source:
-        return False
-    for node in (inner for statement in _parsed(source) for inner in ast.walk(statement)):
-        names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
-        names += [getattr(node, "module", None) or "", getattr(node, "id", "")]
-        if any(str(name).split(".")[0] == "svit_utils" for name in names):
-            return True
-        text = node.value if isinstance(node, ast.Constant) else ""
-        text = text.decode("latin-1") if isinstance(text, bytes) else text
-        if isinstance(text, str) and "svit_utils" in text and borrows(text.strip()):
-            return True
-    return False

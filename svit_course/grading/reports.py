@@ -19,7 +19,7 @@ from svit_utils.files import write_rows
 
 MARKS = ("student", "assignment", "question", "test", "marks", "out_of", "status", "message")
 BY_HAND = ("student", "assignment", "question", "marks", "out_of", "comment")
-TOTALS = ("student", "assignment", "by_tests", "by_hand", "total", "out_of", "note")
+TOTALS = ("student", "assignment", "by_tests", "by_hand", "total", "out_of", "flags", "note")
 MESSAGE = 2000  # characters of a message
 NOTES = 20  # of a submission
 # by_hand.csv by student, assignment and question
@@ -150,6 +150,7 @@ def _total(graded: Graded, still_open: Sequence[str]) -> dict[str, str]:
         "by_hand": _number(by_hand),
         "total": _number(by_tests + by_hand),
         "out_of": _number(sum(mark.out_of for mark in graded.marks)),
+        "flags": "; ".join(graded.flags[:NOTES]),
         "note": "; ".join(notes + graded.notes),
     }
 

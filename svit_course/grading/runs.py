@@ -43,8 +43,9 @@ class Mark:
 class Graded:
     """A submission's marks, and what the feedback shows.
 
-    ``sources``: of the answers; ``own``: of all other cells that were run, by the number of the cell; ``origin``: which
-    cell last gave a name its value; ``pictures``: PNG files; ``slow``: the clock has ended something.
+    ``sources``: of the answers; ``own``: of all other cells that were run, by the number of the cell; ``flags``: what
+    a human should look at, cell by cell; ``origin``: which cell last gave a name its value; ``pictures``: PNG files;
+    ``slow``: the clock has ended something.
     """
 
     submission: Submission
@@ -52,6 +53,7 @@ class Graded:
     notes: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     own: dict[str, str] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
     origin: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, list[bytes]] = field(default_factory=dict)
     slow: bool = False
@@ -116,6 +118,8 @@ def grade_in(sandbox: Sandbox, submission: Submission, judge: Judge) -> Graded:
             graded.sources[cell["id"]] = cell["source"] if before is None else f"{before}\n\n{cell['source']}"
         elif cell["part"] == "own":
             graded.own[cell["id"]] = cell["source"]
+        if cell.get("flags"):
+            graded.flags.append(f"{cell['id'] if cell['part'] == 'answer' else 'cell ' + cell['id']}: {cell['flags']}")
     original = masters.read_cells(masters.master(letter))
     run = Run(graded, [cell for cell in cells if cell["part"] != "written"], sandbox, judge)
     run.judge([cell for cell in original if cell.part in TESTS])

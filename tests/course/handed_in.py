@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nbformat.v4 import new_code_cell
+
 from svit_course import masters as m
 from svit_course import notebooks
 from svit_course.sandbox import fence
@@ -31,6 +33,16 @@ def answers(question: str, source: str) -> Change:
     def change(notebook: Any) -> None:
         (cell,) = [cell for cell in notebook.cells if cell.get("id") == question]
         cell.source = source
+
+    return change
+
+
+def inserted(source: str, before: str = "a1", **metadata: Any) -> Change:
+    """A cell of one's own."""
+
+    def change(notebook: Any) -> None:
+        place = next(i for i, cell in enumerate(notebook.cells) if cell.get("id") == before)
+        notebook.cells.insert(place, new_code_cell(source, metadata=metadata))
 
     return change
 

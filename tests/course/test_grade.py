@@ -252,33 +252,6 @@ def test_given_cells_come_from_the_master() -> None:
     assert {cell.part for cell in cells} <= {"given", "answer", "plot", "own"}
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("from svit_utils import thresholded_softmax", True),
-        ("import svit_utils.attention as a", True),
-        ("import importlib\nimportlib.import_module('svit_utils.attention')", True),
-        ("%time x = 1\nsvit_utils.thresholded_softmax(x)", True),
-        ("# like svit_utils does\ntext = 'svit_utils does the same'", False),
-        ("def broken(:", False),
-        # By every way that a notebook has to write code, and in a text that is code.
-        ("here = %pwd\nfrom svit_utils import thresholded_softmax", True),
-        ("%%time\nfrom svit_utils import thresholded_softmax", True),
-        ("\n%%capture\n%%time\nimport svit_utils", True),
-        ("len?\nimport svit_utils", True),
-        ("exec('import svit_utils')", True),
-        ("exec(b'from svit_utils import thresholded_softmax')", True),
-        ("eval('svit_utils.thresholded_softmax')", True),
-        ("exec(\"exec('import svit_utils')\")", True),
-        ("x = __import__(' svit_utils ')", True),
-        ("def f():\n    import svit_utils as np", True),
-        ("print('see svit_utils/attention/formula.py')", False),
-    ],
-)
-def test_borrowed_answers_are_noticed(source: str, expected: bool) -> None:
-    assert reading.borrows(source) is expected
-
-
 def test_judges_of_two_submissions_do_not_share_the_random_numbers() -> None:
     """Two submissions are judged in two threads, and torch has one global generator, which makes the judges' models."""
     case = {"what": "drawn", "seed": 1}
@@ -326,7 +299,3 @@ def test_a_notebook_without_metadata_is_still_graded() -> None:
     notebook.cells.append(new_markdown_cell("Thanks."))
     cells, _ = reading.read(nbformat.writes(notebook, version=nbformat.NO_CONVERT).encode(), notebooks.read(MASTER))
     assert cells[0].part == "given" and sum("def cut" in cell.source for cell in cells) == 1
-
-
-def test_only_the_open_project_may_use_the_library() -> None:
-    assert [path.stem[0] for path in m.masters() if m.library_allowed(notebooks.read(path))] == ["f"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from svit_course import masters as m
-from svit_course.grading import reading, reports, runs, submissions
+from svit_course import rule
+from svit_course.grading import reports, runs, submissions
 
 
 def test_only_small_pictures_reach_the_page() -> None:
@@ -67,4 +68,4 @@ def test_a_short_line_without_marks_is_no_harm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["x=" + "-" * 20_000, "a" + ".b" * 20_000, "1" + "+1" * 100_000, "'\ud800'", "\x00"])
 def test_code_made_to_break_a_parser_does_not(source: str) -> None:
-    assert reading.borrows(source) is False
+    assert rule.rule_of("a", [source]).breach(source) == ""

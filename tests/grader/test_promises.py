@@ -13,6 +13,7 @@ from svit_course.grading import reports, runs
 from svit_course.grading.runs import Judge
 from svit_course.grading.submissions import Submission
 from svit_course.sandbox.sandbox import Sandbox
+from tests.course import test_rule
 from tests.course.handed_in import MASTER, answers, submission
 from tests.grader import test_attacks, test_points
 
@@ -52,6 +53,8 @@ KEPT: dict[str, tuple[str, ...]] = {
     "What a cell is for": (
         "test_a_cell_is_not_what_its_metadata_claim",
         "test_an_answer_that_names_the_library_is_not_run",
+        "test_what_would_be_the_answer_is_refused",
+        "test_check_refuses_at_once_what_grading_refuses",
         "test_a_plot_may_use_the_library_and_leaves_nothing_of_it",
     ),
     "The feedback shows every cell": (
@@ -78,7 +81,7 @@ def test_every_promise_is_kept_by_tests() -> None:
     text = PAGE.read_text(encoding="utf-8").split("**What is promised.**")[1].split("**Is it secret?**")[0]
     promises = re.findall(r"^- (.+)$", text, flags=re.MULTILINE)
     assert len(promises) == 10 and all(len(promise) < 220 for promise in promises)
-    there = {**vars(test_attacks), **vars(test_points), **globals()}
+    there = {**vars(test_attacks), **vars(test_points), **vars(test_rule), **globals()}
     for promise, (begin, tests) in zip(promises, KEPT.items(), strict=True):
         assert promise.startswith(begin)
         assert all(callable(there.get(test)) for test in tests), tests
