@@ -28,6 +28,7 @@ LIMITS = {
     "04_baseline_comparison": Counts(0, 0, 0, 0, 0, 2969),
     "05_interpretability": Counts(0, 0, 0, 0, 0, 2834),
     "06_what_it_costs": Counts(0, 0, 0, 0, 0, 1888),
+    "07_thresholds_that_earn_their_place": Counts(0, 0, 0, 0, 0, 2150),
     "08_the_referee": Counts(0, 0, 0, 0, 0, 2991),
     "09_the_study": Counts(0, 0, 0, 0, 0, 2660),
     "10_a_verdict_on_the_card": Counts(22, 0, 3, 7, 214, 4751),
