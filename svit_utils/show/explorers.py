@@ -145,7 +145,7 @@ def threshold_picture(
     top = float(weights[data.grid.num_prefix :].max(initial=0))
     panels = {
         "image and query": image_panel(data.rgb, data.grid, token),
-        "softmax row p and τ": row_panel(data.probabilities[layer, head, token], tau, data.grid),
+        "softmax row, log axis, and τ": row_panel(data.probabilities[layer, head, token], tau, data.grid),
         "weights after the cut": weights_panel(weights, data.grid, token, top),
     }
     return compose(panels, threshold_lines(data, token, layer, head, tau))

@@ -63,14 +63,14 @@ def row_panel(p: np.ndarray, tau: float, grid: TokenGrid) -> Image.Image:
     width, height = (max(_cell(grid) * side, _SIDE // 2) for side in (grid.width, grid.height))
     panel = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(panel)
-    left, bottom, low = 34, height - 16, 1e-5  # room for the axes; the smallest value drawn
+    left, bottom, low = 48, height - 20, 1e-5  # room for the axes; the smallest value drawn
 
     def y(value: float) -> float:
         return min(bottom, bottom * np.log(max(value, low)) / np.log(low))  # rounding may put `low` below the axis
 
     for decade in (1e-1, 1e-2, 1e-3, 1e-4):
         draw.line((left, y(decade), width, y(decade)), fill=(225, 225, 225))
-        draw.text((2, y(decade) - 7), f"{decade:g}", fill=_INK, font=_font(10))
+        draw.text((2, y(decade) - 8), f"{decade:g}", fill=_INK, font=_font(13))
     order = np.sort(p)[::-1]
     edges = np.linspace(left + 1, width, len(order) + 1).astype(int)  # whole pixels, or gaps would look like data
     for x, end, value in zip(edges[:-1], edges[1:], order, strict=True):
@@ -78,23 +78,23 @@ def row_panel(p: np.ndarray, tau: float, grid: TokenGrid) -> Image.Image:
         draw.rectangle((x, y(float(value)), max(end - 1, x), bottom), fill=colour)
     if tau > 0:
         draw.line((left, y(tau), width, y(tau)), fill=_ACCENT, width=2)
-    draw.text((left, bottom + 2), "keys, by falling p (log scale)", fill=_INK, font=_font(10))
+    draw.text((left, bottom + 3), "keys, by falling p", fill=_INK, font=_font(13))
     return panel
 
 
 def compose(panels: dict[str, Image.Image], lines: list[str]) -> Image.Image:
     """Panels side by side, each under its title, and below them lines of text."""
-    gap, head, line = 12, 22, 18
+    gap, head, line = 12, 26, 22
     width = sum(panel.width for panel in panels.values()) + gap * (len(panels) + 1)
     height = head + max(panel.height for panel in panels.values()) + 2 * gap + line * len(lines)
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
     x = gap
     for title, panel in panels.items():
-        draw.text((x, 4), title, fill=_INK, font=_font(13))
+        draw.text((x, 3), title, fill=_INK, font=_font(15))
         canvas.paste(panel, (x, head))
         x += panel.width + gap
     y = height - line * len(lines) - 4
     for number, text in enumerate(lines):
-        draw.text((gap, y + line * number), text, fill=_INK, font=_font(13))
+        draw.text((gap, y + line * number), text, fill=_INK, font=_font(15))
     return canvas

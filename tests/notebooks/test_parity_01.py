@@ -40,6 +40,16 @@ def test_thresholded_softmax(scores: torch.Tensor, tau: float, mode: str) -> Non
     torch.testing.assert_close(*gradients, atol=1e-11, rtol=1e-10)
 
 
+@pytest.mark.parametrize("mode", ["zero", "dense", "top1", "cap"])
+def test_thresholded_softmax_on_ties(mode: str) -> None:
+    """Empty rows with several largest keys: all of 5, two of 5, and as many far above the others."""
+    tied = torch.tensor([[0.0] * 5, [1.0, 0.0, 1.0, 0.0, 0.0], [-1.0, 2.0, 2.0, -1.0, 2.0]], dtype=torch.float64)
+    assert (tied.softmax(-1) < 0.5).all()
+    taught = extract_function(CHAPTER, "thresholded_softmax", {"torch": torch, "F": F})
+    package = svit_utils.thresholded_softmax(tied, 0.5, empty_rows=mode)
+    torch.testing.assert_close(taught(tied, 0.5, empty_rows=mode), package, atol=1e-13, rtol=0)
+
+
 def test_thresholded_softmax_is_dense_by_default(scores: torch.Tensor) -> None:
     taught = extract_function(CHAPTER, "thresholded_softmax", {"torch": torch, "F": F})
     torch.testing.assert_close(taught(scores), svit_utils.thresholded_softmax(scores), atol=1e-13, rtol=0)

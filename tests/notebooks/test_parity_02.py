@@ -46,6 +46,18 @@ def test_cut_rows(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_cut_rows_on_ties(mode: str) -> None:
+    """Empty rows with several largest keys, and a fully masked one: the first largest key, or none, and never all."""
+    cut_rows, guarded_softmax = taught("cut_rows"), taught("guarded_softmax")
+    scores = draw(4, 6)
+    scores[0], scores[1, 2:5], scores[2, ::2], scores[3] = 0.0, 2.0, 3.0, -torch.inf
+    probs = guarded_softmax(scores)
+    assert (probs < 0.5).all() and all((row == row.max()).sum() >= 3 for row in probs)
+    ours = cut_rows(probs, 0.5, mode)
+    torch.testing.assert_close(ours, svit_utils.thresholded_softmax(scores, 0.5, empty_rows=mode), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive", "causal", "dropout"])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_thresholded_attention(mode: str, mask: str, per_head: bool) -> None:
