@@ -1,4 +1,4 @@
-"""The recorded results as Markdown, each number read from its row; what was not run says so. For the README."""
+"""The recorded results as Markdown, each number read from its row; what was not run says so. For results/README.md."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _introduced(row: Row) -> str:
     return "" if not row["threshold"] else "warmed up" if float(row["tau_warmup"]) else "from the first step"
 
 
-def _of_kind(rows: Mapping[str, Row], threshold: str, introduced: str, rate: str | None = None) -> dict[str, Row]:
+def of_kind(rows: Mapping[str, Row], threshold: str, introduced: str, rate: str | None = None) -> dict[str, Row]:
     """The rows of one tau, by name, at one learning rate or at all."""
     found = {name: row for name, row in rows.items() if (row["threshold"], _introduced(row)) == (threshold, introduced)}
     return {name: row for name, row in found.items() if rate in (None, row["lr"])}
@@ -113,10 +113,10 @@ def _of_kind(rows: Mapping[str, Row], threshold: str, introduced: str, rate: str
 
 def own_rate(rows: Mapping[str, Row], threshold: str, introduced: str) -> str:
     """The learning rate with the highest mean validation accuracy over the seeds; empty where nothing was run."""
-    rates = sorted({row["lr"] for row in _of_kind(rows, threshold, introduced).values()})
+    rates = sorted({row["lr"] for row in of_kind(rows, threshold, introduced).values()})
 
     def validated(rate: str) -> float:
-        of_rate = _of_kind(rows, threshold, introduced, rate).values()
+        of_rate = of_kind(rows, threshold, introduced, rate).values()
         return float(np.mean([float(row["val_accuracy"]) for row in of_rate]))
 
     return max(rates, key=validated, default="")
@@ -128,7 +128,7 @@ def deit_sentence(folder: Path) -> str:
     parts = []
     for kind in (FROM_THE_FIRST_STEP, WARMED_UP):
         rates = [own_rate(rows, *kind), own_rate(rows, *DENSE)]
-        runs = [_of_kind(rows, *which, rate) for which, rate in zip((kind, DENSE), rates, strict=True)]
+        runs = [of_kind(rows, *which, rate) for which, rate in zip((kind, DENSE), rates, strict=True)]
         sparse, dense = ({row["seed"]: bits[name].astype(float) for name, row in found.items()} for found in runs)
         seeds = sorted(sparse.keys() & dense.keys())
         if len(seeds) > 1:
@@ -219,7 +219,7 @@ def study_sentence(folder: Path) -> str:
         "95 % intervals (crossed bootstrap over seeds and pictures, Student's t over seeds). *higher*, *lower*, *open*:"
         f" after Holm's correction for the family's {len(judged)} comparisons, which can leave open "
         "what an interval alone excludes. *displayed*: the dense model's map drawn through the threshold. The plan, "
-        "with all families and an erratum on how maps were scored: [results/study/PLAN.md](results/study/PLAN.md). "
+        "with all families and an erratum on how maps were scored: [study/PLAN.md](study/PLAN.md). "
         f"Recorded {values('date')} on {values('device')} with torch {values('torch')}, timm {values('timm')}; "
         f"commits {values('commit')}."
     )

@@ -1,12 +1,14 @@
-"""``make results``: write the README's results and costs from the recorded rows: it claims nothing they do not hold.
+"""``make results``: write what the README and results/README.md say of the results, and the verdict, from the rows.
 
-``--check`` changes nothing and exits 1 when the README differs.
+The README has the result in two sentences, a short table and the costs in a line; results/README.md the long tables;
+results/verdict/ the ledger and the page of chapter 10. ``--check`` changes nothing and exits 1 where one differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from research.markdown import (
@@ -20,17 +22,19 @@ from research.markdown import (
     vit56_table,
 )
 from research.second.markdown import second_sentence, second_table
-from svit_utils.files import read_rows
+from research.verdict.page import write_verdict
+from research.verdict.sources import Sources
+from research.verdict.summary import short_table, two_sentences
+from svit_utils.files import read_rows, write_file
 from svit_utils.paths import results_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-COST_BEGIN, COST_END = "<!-- cost: begin -->", "<!-- cost: end -->"
+README, PAGE = ROOT / "README.md", ROOT / "results" / "README.md"
 COMPARED = ("tiled", "plain formula", "plain, compiled", "entmax15", "sparsemax", "top-k")
 
 
-def block(folder: Path) -> str:
-    """The Markdown between the markers, from the results files in ``folder``."""
+def long_tables(folder: Path) -> str:
+    """Every run and comparison, from the results files in ``folder``."""
     parts = []
     for title, name, table in (
         ("PlantedShapes, the small ViT (N = 197), all runs from one dense start", "planted", planted_table),
@@ -88,48 +92,93 @@ def cost(folder: Path) -> str:
             both = [found.get((variant, direction, n)) for direction in ("forward", "forward+backward")]
             cells.append(" / ".join("" if ratio is None else f"{ratio:.2f}" for ratio in both))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    steps = {
-        (row["model"], row["img_size"], row["what"]): float(row["ratio_to_dense"])
-        for row in read_rows(folder / "bench" / "vit.csv")
-        if row["variant"] == "sparse"
-    }
-    models = [f"{m.split('_patch')[0]} at {size} px, {what}: {r:.2f}" for (m, size, what), r in steps.items()]
-    parts = ["\n".join(lines) + "\n"]
-    if models:
-        parts.append(f"Whole models, sparse over dense, all cores: {'; '.join(models)}.\n")
+    return "\n".join([*lines, "", whole_models(folder) + measured(rows, threads)])
+
+
+def _whole_models(folder: Path) -> list[dict[str, str]]:
+    return [row for row in read_rows(folder / "bench" / "vit.csv") if row["variant"] == "sparse"]
+
+
+def whole_models(folder: Path) -> str:
+    """Time of whole models, sparse over dense, in a sentence."""
+    rows = _whole_models(folder)
+    said = (
+        f"{row['model'].split('_patch')[0]} at {row['img_size']} px, {row['what']}: {float(row['ratio_to_dense']):.2f}"
+        for row in rows
+    )
+    return f"Whole models, sparse over dense, all cores: {'; '.join(said)}.\n\n" if rows else ""
+
+
+def measured(rows: list[dict[str, str]], threads: int) -> str:
+    """How the costs were measured, in a sentence."""
     first = rows[0]
-    parts.append(
+    return (
         f"Medians, one run, {threads} thread{'s' * (threads > 1)}, float32, head size 64, tau {first['tau']}; "
         f"{first['device']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.\n"
     )
-    return "\n".join(parts)
 
 
-def stamped(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
-    """``text`` with ``content`` between the markers."""
+def cost_in_short(folder: Path) -> str:
+    """The range over lengths of the time of one attention call over fused dense attention's, and whole models."""
+    rows = [row for row in read_rows(folder / "bench" / "attention.csv") if row["logits"] == "independent"]
+    if not rows or not _whole_models(folder):
+        return "Not measured yet.\n"
+    threads = min(int(row["threads"]) for row in rows)
+    said = []
+    for name in ("tiled", "plain formula"):
+        found = [
+            float(row["ratio_to_sdpa"]) for row in rows if (row["variant"], int(row["threads"])) == (name, threads)
+        ]
+        said.append(f"{name} {min(found):.2f} to {max(found):.2f}")
+    models = [float(row["ratio_to_dense"]) for row in _whole_models(folder)]
+    lengths = sorted(int(row["n"]) for row in rows)
+    return (
+        f"N = {lengths[0]} to {lengths[-1]}, with and without a backward pass: {', '.join(said)}. "
+        f"Whole models: {min(models):.2f} to {max(models):.2f}. {measured(rows, threads)}"
+    )
+
+
+def stamped(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the two markers of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, rest = text.split(begin, 1)
     _, after = rest.split(end, 1)
     return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
-def whole(text: str, folder: Path) -> str:
-    """The README's text with both of its parts written again."""
-    return stamped(stamped(text, block(folder)), cost(folder), COST_BEGIN, COST_END)
+def readme(text: str, folder: Path) -> str:
+    """The README's text with its parts written again."""
+    sources = Sources(folder)
+    parts = {"result": two_sentences(sources), "results": short_table(sources), "cost": cost_in_short(folder)}
+    for name, content in parts.items():
+        text = stamped(text, name, content)
+    return text
+
+
+def results_page(text: str, folder: Path) -> str:
+    """The text of results/README.md with its tables written again."""
+    return stamped(stamped(text, "results", long_tables(folder)), "cost", cost(folder))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Stamp or check the README."""
+    """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 when the README differs")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where a file differs")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    now = readme.read_text(encoding="utf-8")
-    wanted = whole(now, results_dir())
+    folder = results_dir()
+    wanted = {
+        path: make(path.read_text(encoding="utf-8"), folder) for path, make in ((README, readme), (PAGE, results_page))
+    }
+    with tempfile.TemporaryDirectory() as made:
+        for path in write_verdict(folder, Path(made)):
+            wanted[folder / "verdict" / path.name] = path.read_text(encoding="utf-8")
+    differ = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if args.check:
-        if now != wanted:
-            print("the README's results differ from results/: run `make results`")
-        return int(now != wanted)
-    readme.write_text(wanted, encoding="utf-8")
+        for path in differ:
+            print(f"{path} differs from what results/ holds: run `make results`")
+        return int(bool(differ))
+    for path in differ:
+        write_file(path, wanted[path])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The second study in the README: a line per setting, each number read from the study's tables."""
+"""The second study in results/README.md: a line per setting, each number read from the study's tables."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def interval(row: Mapping[str, str], *form: int) -> str:
 
 def second_sentence(folder: Path) -> str:
     """What the table's words mean, and what became of the choice."""
-    rows = read_rows(folder / "second.csv")
-    done = sum(row["size"] == "full" for row in rows)
+    settings = read_rows(folder / "second" / "tables" / "settings.csv")
+    done = sum(int(row["seeds"]) for row in settings if row["metric"] == "test_accuracy")
     parts = [
         "3,000 test pictures that the first study has not seen; intervals: the wider of the crossed bootstrap's and "
         "Student's over seeds, 95 %. *Not inferior*: the interval lies above -1 point; *inferior*: below it; only five "
         "seeds are judged.",
-        f"{done} of the 121 runs of the [plan](results/second/PLAN.md) are done.",
+        f"{done} of the 121 runs of the [plan](second/PLAN.md) are done.",
     ]
     if any(row["measure"] == "attention" for row in read_rows(folder / "second" / "tables" / "contrasts.csv")):
         parts.append("AP: average precision of the last layer's attention on the object, on the grid of the patches.")

@@ -1,4 +1,4 @@
-"""The README's lines on the second study say what its tables hold, and nothing where they hold nothing."""
+"""The lines on the second study in results/README.md say what its tables hold, and nothing where they hold nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_line_has_the_numbers_of_its_rows(tmp_path: Path) -> None:
         "|  | -0.040 [-0.050, -0.030] lower |",
     ]
     assert "AP: average precision" in second_sentence(tmp_path)
-    assert "0 of the 121 runs" in second_sentence(tmp_path)
+    assert "12 of the 121 runs" in second_sentence(tmp_path)
     assert "Chosen" not in second_sentence(tmp_path)
     rows = [("accuracy", "dense", "open"), ("attention", "dense", "higher"), ("attention", "drawn", "lower")]
     base = {"setting": "tau0.005", "mean": -0.004, "low": -0.012, "high": 0.004}

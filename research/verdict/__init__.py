@@ -1,0 +1,1 @@
+"""The verdict on the card: every sentence confronted with what is recorded; `research.verdict.ledger` writes it."""
