@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     maps = [class_attention(model, batch.images, options.layer)[0] for model in (dense, sparse)]  # [heads, h, w] each
     figure = dense_beside_sparse(data.denormalise(batch.images)[0], *maps)
 
-    png = figure_png(figure, dpi=110)
+    png = figure_png(figure)
     if len(png) > LIMIT:
         print(f"the picture takes {len(png)} bytes, more than {LIMIT}", file=sys.stderr)
         return 1

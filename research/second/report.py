@@ -3,6 +3,7 @@
 ``settings.csv``: each setting's accuracy, sparsity and maps, means over its seeds. ``contrasts.csv``: the plan's
 comparisons. ``margins.csv``: which settings are not inferior to dense attention by more than a point. ``choice.csv``:
 the candidates for the version that holds; ``confirmed.csv``: what became of the one that was chosen.
+``progress.csv``: how many runs are planned and recorded, by part, setting and budget.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pandas as pd
 from research.rows import write_csvs
 from research.second.choice import choice_table, confirmed_table
 from research.second.runs import chosen_setting
-from research.second.tables import contrast_table, margin_table, setting_table
+from research.second.tables import contrast_table, margin_table, progress_table, setting_table
 from research.study.studies import Study, get_study
 
 
@@ -25,6 +26,7 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
         "contrasts": contrast_table(study),
         "margins": margin_table(study),
         "choice": choice_table(study),
+        "progress": progress_table(study),
     }
     chosen = chosen_setting(study.out)
     if chosen is not None:

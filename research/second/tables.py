@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from research.second.runs import LEARNED, SEEDS
+from research.second.runs import LEARNED, PARTS, SEEDS
 from research.study.store import read_images
 from research.study.studies import Study
 from svit_utils.files import read_rows
@@ -181,6 +181,20 @@ def non_inferior(found: Comparison) -> str:
 def setting_of(name: str) -> str:
     """``"tau0.005-450-seed3"`` to ``"tau0.005"``."""
     return name.rsplit("-", 2)[0] if name.count("-") >= 2 else name
+
+
+def progress_table(study: Study) -> pd.DataFrame:
+    """How many runs of each part, setting and budget are planned, and how many of them are recorded."""
+    recorded = _rows(study)
+    counts: dict[tuple[str, str, int], list[int]] = {}
+    for part, planned in PARTS.items():
+        for run in planned():
+            place = (part, setting_of(run.name), run.profile.config.steps)
+            done = counts.setdefault(place, [0, 0])
+            done[0] += 1
+            done[1] += run.name in recorded
+    names = ("part", "setting", "steps", "planned", "recorded")
+    return pd.DataFrame([dict(zip(names, (*place, *done), strict=True)) for place, done in counts.items()])
 
 
 def _rows(study: Study) -> dict[str, dict[str, str]]:

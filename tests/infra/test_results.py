@@ -24,8 +24,30 @@ PROVENANCE = ("command", "torch", "timm", "device", "threads", "commit", "date",
 
 
 def test_the_readme_shows_what_the_results_hold() -> None:
-    now = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert now == readme_results.whole(now, results_dir()), "run `make results`"
+    now = readme_results.README.read_text(encoding="utf-8")
+    assert now == readme_results.readme(now, results_dir()), "run `make results`"
+
+
+def test_the_page_of_results_shows_what_they_hold() -> None:
+    now = readme_results.PAGE.read_text(encoding="utf-8")
+    assert now == readme_results.results_page(now, results_dir()), "run `make results`"
+
+
+def test_the_readme_is_short() -> None:
+    """Its long tables are in results/README.md: what is left fits on a screen."""
+    text = readme_results.README.read_text(encoding="utf-8")
+    for name, most in (("result", 8), ("results", 12), ("cost", 6)):
+        part = text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
+        assert 3 <= len(part.strip().splitlines()) + 2 <= most, name
+
+
+def test_a_missing_marker_is_seen() -> None:
+    with pytest.raises(ValueError):
+        readme_results.stamped("no marker", "results", "x")
+    text = "<!-- results: begin -->\nold\n<!-- results: end -->\nrest"
+    assert readme_results.stamped(text, "results", "new\n") == (
+        "<!-- results: begin -->\n\nnew\n\n<!-- results: end -->\nrest"
+    )
 
 
 def test_every_recorded_row_says_where_it_comes_from() -> None:

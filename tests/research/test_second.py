@@ -26,7 +26,7 @@ from research.study.studies import Study, get_study
 from research.zeros import reachability_table
 from svit_utils.attention import LearnableThreshold, sparse_modules, sparsify
 from svit_utils.explain import attention_maps, displayed
-from svit_utils.files import write_rows
+from svit_utils.files import read_rows, write_rows
 from svit_utils.models import load_embedded
 from svit_utils.records import pack
 
@@ -465,3 +465,13 @@ def test_the_recorded_tables_are_made_of_the_recorded_scores(tmp_path: Path) -> 
     written = {path.name: path.read_bytes() for path in write_tables(STUDY, tmp_path)}
     recorded = {path.name: path.read_bytes() for path in sorted((STUDY.out / "tables").glob("*.csv"))}
     assert written == recorded, "run `python -m research study --profile second --tables`"
+
+
+def test_progress_counts_the_plans_runs() -> None:
+    from research.second.tables import progress_table
+
+    table = progress_table(STUDY)
+    assert table["planned"].sum() == 121 and list(table["part"].unique()) == list("ABCDEGH")
+    assert (table["recorded"] <= table["planned"]).all()
+    done = sum(row["size"] == "full" for row in read_rows(STUDY.out.parent / "second.csv"))
+    assert table["recorded"].sum() == done

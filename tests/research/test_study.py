@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from research.plans import CONTROLS, MAIN_KINDS, Run, changed
@@ -17,16 +18,19 @@ from research.study.scores import PARTS, Scores
 from research.study.store import images_path, read_images, record_cell, write_images
 from research.study.studies import Study, get_study
 from research.study.tables import (
+    ALPHA,
     LOCALISATION_SCORES,
     afterwards,
     both_right_table,
     contrast_table,
     contrasts,
+    verdict_table,
     write_tables,
 )
 from svit_utils.files import read_rows, write_rows
 from svit_utils.paths import results_dir
 from svit_utils.records import correct_by_run, pack, verdict
+from svit_utils.referee import holm
 
 FULL = get_study("full")
 STUDY = results_dir() / "study"
@@ -257,6 +261,28 @@ def test_the_recorded_tables_follow_from_the_recorded_scores_byte_for_byte(tmp_p
     assert {path.stem for path in paths} == {path.stem for path in (STUDY / "tables").iterdir()}
     for path in paths:
         assert path.read_bytes() == (STUDY / "tables" / path.name).read_bytes(), f"run `make study-tables`: {path.name}"
+
+
+@pytest.mark.parametrize("study", ["study", "study_deit"])
+def test_the_recorded_tables_agree_with_themselves(study: str) -> None:
+    """Each mean lies in its interval, p is Holm's within its family, results follow from it and verdicts from them."""
+    table = pd.read_csv(results_dir() / study / "tables" / "contrasts.csv")
+    judged = table[table["p_holm"].notna()]
+    assert len(judged) > 20
+    for row in judged.itertuples():
+        slack = 1e-3 * max(abs(row.low), abs(row.high))  # the tables keep four digits
+        assert row.low - slack <= row.mean <= row.high + slack, row
+        assert 0 <= row.p <= row.p_holm + 1e-3 and row.p_holm <= 1, row
+        if row.result == "open":
+            assert row.p_holm >= ALPHA or row.seeds < 2 or row.mean == 0, row
+        else:
+            assert row.p_holm <= ALPHA and row.seeds > 1, row
+            assert row.low >= 0 if row.result == "higher" else row.high <= 0, row
+    for _, rows in judged.groupby("family", sort=False):
+        np.testing.assert_allclose(holm(rows["p"]), rows["p_holm"], rtol=2e-3)
+    again = verdict_table(judged)
+    recorded = pd.read_csv(results_dir() / study / "tables" / "verdicts.csv")
+    pd.testing.assert_frame_equal(again.reset_index(drop=True), recorded)
 
 
 def test_what_was_compared_afterwards_is_apart_from_the_plan() -> None:
