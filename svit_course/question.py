@@ -186,8 +186,10 @@ def describe(error: BaseException, answers: Sequence[str]) -> str:
     text = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
     if isinstance(error, NotImplementedError):
-        stubs = [name for name in _frames(error) if name in answers]
-        return f"{(stubs or [' or '.join(answers)])[-1]} is not written yet"
+        missing = _raised_in(error)
+        if missing and missing not in answers:  # another answer, that this one calls
+            return f"{missing}, which it needs, is not written yet"
+        return f"{missing or ' or '.join(answers)} is not written yet"
     if "in-place operation" in said or "modified by an inplace" in said or "read-only" in said:
         return f"it changes a tensor in place that it must leave alone ({said}). Work on a new one"
     if "does not require grad" in said or "element 0 of tensors" in said:
@@ -202,9 +204,16 @@ def describe(error: BaseException, answers: Sequence[str]) -> str:
     return f"it stops with {said}"
 
 
-def _frames(error: BaseException) -> list[str]:
-    """The names of the functions that the exception came through, outermost first."""
-    return [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+def _raised_in(error: BaseException) -> str:
+    """The function or class of a cell in which the exception was raised; "" where it was raised elsewhere."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if "__file__" in frame.f_globals or str(frame.f_globals.get("__name__")).startswith("svit_"):
+        return ""
+    code = frame.f_code
+    name = str(getattr(code, "co_qualname", code.co_name)).split(".")[0]  # Python 3.10 knows no qualified names
+    if name != code.co_name or code.co_varnames[:1] not in (("self",), ("ctx",), ("cls",)):
+        return name
+    return type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else ""
 
 
 def plain(value: Any) -> Any:

@@ -45,7 +45,7 @@ class Judge:
             seen = wire.decode(data)
             decide(about, case, seen if isinstance(seen, dict) else {})
         except Wrong as wrong:
-            return {"wrong": ours(str(wrong), seen, about.name) if asked["hidden"] else str(wrong)[:4000]}, b""
+            return {"wrong": ours(str(wrong), seen, about.name) if asked["quiet"] else str(wrong)[:4000]}, b""
         except ValueError:
             return {"wrong": f"{about.name}, {case['what']}: what it returns cannot be read"}, b""
         return {}, b""

@@ -123,6 +123,10 @@ def grade_in(sandbox: Sandbox, submission: Submission, judge: Judge) -> Graded:
     original = masters.read_cells(masters.master(letter))
     run = Run(graded, [cell for cell in cells if cell["part"] != "written"], sandbox, judge)
     run.judge([cell for cell in original if cell.part in TESTS])
+    if run.cells:
+        from svit_course.grading.follow import follow_through  # it runs cells as this module does
+
+        follow_through(graded, run.cells, sandbox, judge, original)
     for asked in original:
         if asked.part in ("plot", "written"):
             if asked.id in graded.sources:
@@ -148,15 +152,18 @@ class Run:
     Args:
         graded: is given the marks, notes and pictures.
         cells: what `svit_course.grading.reading.read` says.
+        quoting: whether the messages may quote what the submission says.
     """
 
-    def __init__(self, graded: Graded, cells: Sequence[dict[str, str]], sandbox: Sandbox, judge: Judge) -> None:
+    def __init__(
+        self, graded: Graded, cells: Sequence[dict[str, str]], sandbox: Sandbox, judge: Judge, quoting: bool = True
+    ) -> None:
         self.graded, self.sandbox, self.bounds, self._judge = graded, sandbox, sandbox.bounds, judge
         self.cells = list(cells)
         self.asked = {q.name: q for q in questions(graded.submission.assignment[0])}
         self.failed: dict[str, tuple[str, str]] = {}  # a cell, or the question that it answers: status and message
         self.done: set[int] = set()  # plots that were drawn
-        self.quoting = True  # until the first hidden case
+        self.quoting = quoting  # until the first hidden case
         for cell in cells:
             if refused := cell["refused"]:
                 self._note(cell, "refused" if cell["part"] == "answer" else "not run", refused)
@@ -171,14 +178,14 @@ class Run:
             elif test.question in ended:  # once is enough: every such end costs a new start
                 status, message = ended[test.question], "not run, because the test before it was ended"
             else:
-                status, message = self._test(test)
+                status, message = self.test(test)
                 if status in ENDS:
                     ended[test.question] = status
             got = test.points if status == "ok" else 0.0
             marks[test.id] = Mark(test.question, test.part, got, test.points, status, message)
         self.graded.marks += [marks[test.id] for test in tests]
 
-    def _test(self, test: Cell) -> tuple[str, str]:
+    def test(self, test: Cell) -> tuple[str, str]:
         """Status and message of one test of one question."""
         about, hidden = self.asked[test.question], test.part == "hidden"
         cases = masters.hidden_cases(test) if hidden else about.cases
@@ -193,7 +200,7 @@ class Run:
         begun = sandbox.used()
         for number, case in enumerate(cases):
             what = f"{about.name}, {case['what']}: "
-            place = {"question": about.name, "hidden": hidden, "number": number}
+            place = {"question": about.name, "hidden": hidden, "number": number, "quiet": hidden or not self.quoting}
             try:
                 _, sent = self._judge.ask({"prepare": "", **place})
                 self.quoting = self.quoting and not hidden
@@ -218,7 +225,7 @@ class Run:
         """What is wrong; "" if nothing is. Of a hidden case only in words of ours."""
         said = answer.get("wrong") or answer.get("error")
         try:
-            if said and place["hidden"]:
+            if said and place["quiet"]:
                 return str(self._judge.ask({"raised": said, **place})[0].get("wrong", "it stops"))
             return said or str(self._judge.ask(place, seen)[0].get("wrong", ""))
         except Ended as ended:

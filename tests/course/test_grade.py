@@ -164,14 +164,14 @@ def test_what_goes_wrong_ends_as_a_mark_and_a_message(
 @pytest.mark.parametrize(
     ("student", "lost"),
     [
-        # a3 calls cut, so it goes down with it; a4 does not.
-        ("ben", {"a2", "a3"}),
-        ("cai", {"a2", "a3"}),
+        # a3 calls cut, and is judged with the master's.
+        ("ben", {"a2"}),
+        ("cai", {"a2"}),
         ("dee", {"a3", "a6"}),
-        ("eli", {"a2", "a3"}),
-        ("fay", {"a2", "a3"}),
-        ("gus", {"a2", "a3"}),
-        ("hal", {"a2", "a3"}),
+        ("eli", {"a2"}),
+        ("fay", {"a2"}),
+        ("gus", {"a2"}),
+        ("hal", {"a2"}),
         ("ivy", {"a3"}),
         ("jan", set()),
         ("kim", {"a4"}),
