@@ -138,6 +138,10 @@ grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder 
 	$(PY) -m svit_course grade "$(SUBMISSIONS)" --jobs $(JOBS) $(if $(ASSIGNMENT),--assignment $(ASSIGNMENT)) \
 	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CELL),--cell $(CELL)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY)) $(if $(TRUST),--trust)
 
+.PHONY: totals
+totals: $(STAMP) ## take marks by hand from build/grades/by_hand.csv into the totals and the feedback, without grading
+	$(PY) -m svit_course totals
+
 .PHONY: test-course
 test-course: $(STAMP) ## only the coursework's tests: planted answers, grading, nbgrader
 	$(ONE_THREAD) $(PY) -m pytest -q tests/course -n $(JOBS) --dist loadfile

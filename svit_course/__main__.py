@@ -9,17 +9,23 @@ from collections.abc import Sequence
 
 from svit_utils.paths import repo_root
 
-COMMANDS = {"build": "svit_course.build", "grade": "svit_course.grading.command"}
+COMMANDS = {
+    "build": "svit_course.build",
+    "grade": "svit_course.grading.command",
+    "totals": "svit_course.grading.totals",
+}
 # What a command needs beyond the library's own packages: the extra `course` in pyproject.toml.
 NEEDED = {
     "build": ("nbformat", "nbgrader", "hatchling"),
     "grade": ("nbformat", "IPython", "jinja2", "pygments", "psutil"),
+    "totals": ("nbformat", "jinja2", "pygments", "psutil"),
 }
 USAGE = """\
-usage: python -m svit_course build|grade ...
+usage: python -m svit_course build|grade|totals ...
 
   build   write what to hand out, the solutions and an nbgrader course to build/course/
   grade   grade a folder of submissions: marks as CSV, feedback as HTML
+  totals  take the marks by hand from by_hand.csv into the totals and the feedback, without grading again
 
 `python -m svit_course build --help` and `... grade --help` say more."""
 

@@ -40,6 +40,7 @@ COMMANDS = {  # title: module whose `parser()` has the options, command of that 
     "python -m svit_utils explain": ("svit_utils.__main__", "explain"),
     "python -m svit_course build": ("svit_course.build", ""),
     "python -m svit_course grade": ("svit_course.grading.command", ""),
+    "python -m svit_course totals": ("svit_course.grading.totals", ""),
     "python -m research experiment": ("research.__main__", "experiment"),
     "python -m research study": ("research.__main__", "study"),
     "python -m research plan": ("research.__main__", "plan"),

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from svit_course import notebooks
-from svit_course.grading.reports import marks_by_hand, writable, write_reports
+from svit_course.grading.reports import marks_by_hand, writable, write_left_out, write_reports
 from svit_course.grading.runs import Graded, Judge, grade, not_graded
-from svit_course.grading.submissions import Submission, find
+from svit_course.grading.submissions import Submission, find, left_out
 from svit_course.sandbox import fence
 from svit_course.sandbox.sandbox import WALL, Limits
 
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {writable(line)}")
     hide = [options.submissions.resolve(), options.out.resolve()]
     options.out.mkdir(parents=True, exist_ok=True)
+    write_left_out(left_out(options.submissions), options.out)
     writing = threading.Lock()
 
     def one(submission: Submission) -> Graded:
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             graded = grade(submission, bounds, judge, hide, options.trust)
         except Exception as error:  # the grader's own fault must not cost the others their marks
             graded = not_graded(submission, f"not graded: {type(error).__name__}: {error}")
+        if submission.note:
+            graded.notes.insert(0, submission.note)
         marks = sum(mark.marks or 0 for mark in graded.marks if mark.test != "by hand")
         best = sum(mark.out_of for mark in graded.marks if mark.test != "by hand")
         with writing:

@@ -1,6 +1,6 @@
 """What grading writes: marks.csv, by_hand.csv, totals.csv, and the feedback pages.
 
-What is marked by hand is listed in ``by_hand.csv``: fill in its columns ``marks`` and ``comment`` and grade again.
+What is marked by hand is listed in ``by_hand.csv``: fill in its columns ``marks`` and ``comment``, then `make totals`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from svit_course.grading.feedback import write_feedback
+from svit_course.grading.record import save
 from svit_course.grading.runs import Graded
-from svit_course.grading.submissions import JOINERS, canonical
+from svit_course.grading.submissions import JOINERS, NOT_ITS_NAME, canonical
 from svit_utils.files import write_rows
 
 MARKS = ("student", "assignment", "question", "test", "marks", "out_of", "status", "message")
@@ -46,6 +47,7 @@ def write_reports(everything: Sequence[Graded], out: Path) -> Path:
         for name in ("marks.csv", "totals.csv")
     )
     for graded in everything:
+        save(graded, out)
         still_open = enter_marks_by_hand(graded, hand)
         graded.marks = [replace(mark, message=_harmless(mark.message)) for mark in graded.marks]
         graded.notes = [_harmless(note) for note in graded.notes[:NOTES]]
@@ -61,6 +63,14 @@ def write_reports(everything: Sequence[Graded], out: Path) -> Path:
         except Exception as error:  # one page that cannot be written must not cost the others theirs
             print(f"  no feedback for {canonical(graded.submission.student)}: {error}", file=sys.stderr)
     return out
+
+
+def write_left_out(found: Sequence[tuple[str, str]], out: Path) -> None:
+    """Give each notebook that is left out, (student, file), a line in totals.csv, in place of those of earlier runs."""
+    rows = [row for row in _read(out / "totals.csv")[1] if row.get("out_of")]
+    rows += [{"student": student, "assignment": file, "note": f"left out: {NOT_ITS_NAME}"} for student, file in found]
+    if rows:
+        write_table(out / "totals.csv", TOTALS, sorted(rows, key=_place))
 
 
 def marks_by_hand(path: Path) -> Hand:
@@ -141,14 +151,15 @@ def _total(graded: Graded, still_open: Sequence[str]) -> dict[str, str]:
     """The submission's line of totals.csv."""
     by_hand = sum(mark.marks or 0.0 for mark in graded.marks if mark.test == "by hand")
     by_tests = sum(mark.marks or 0.0 for mark in graded.marks if mark.test != "by hand")
-    notes = [f"to mark by hand: {', '.join(still_open)}"] if still_open else []
+    notes = [f"not final, to mark by hand: {', '.join(still_open)}"] if still_open else []
+    marked = any(mark.test == "by hand" and mark.status == "marked" for mark in graded.marks) or not still_open
     student, assignment = _who(graded)
     return {
         "student": student,
         "assignment": assignment,
         "by_tests": _number(by_tests),
-        "by_hand": _number(by_hand),
-        "total": _number(by_tests + by_hand),
+        "by_hand": _number(by_hand) if marked else "",
+        "total": _number(by_tests + by_hand) + (" (not final)" if still_open else ""),
         "out_of": _number(sum(mark.out_of for mark in graded.marks)),
         "flags": "; ".join(graded.flags[:NOTES]),
         "note": "; ".join(notes + graded.notes),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from svit_course import masters
 
 LARGEST = 512 * 2**20  # bytes of a notebook, outputs included: they are left out before anything else looks at them
 NAME = 100  # characters of a student's name
+NOT_ITS_NAME = "not the name of an assignment that was handed out"
 JOINERS = "\u200c\u200d"  # of some scripts' letters and of emoji: not printable, and harmless
 
 
@@ -20,12 +22,41 @@ JOINERS = "\u200c\u200d"  # of some scripts' letters and of emoji: not printable
 class Submission:
     """A student's notebook.
 
-    ``student``: as in every table, see `canonical`; ``assignment``: the file name of its master, without ``.ipynb``.
+    ``student``: as in every table, see `canonical`; ``assignment``: the file name of its master, without ``.ipynb``;
+    ``note``: what the tables say of how it was found.
     """
 
     student: str
     assignment: str
     path: Path
+    note: str = ""
+
+
+# What browsers, file managers and JupyterLab append to the name of a copy: " (1)", "-Copy1", " copy", " - Copy (2)".
+_COPY = re.compile(r"(?:\s*\(\d+\)|[ _-]+(?:copy|kopie|copie|copia)(?:[ _-]?\d+)?)+$", re.IGNORECASE)
+
+
+def _notebooks(folder: Path, stems: Sequence[str]) -> Iterator[tuple[Path, str, str]]:
+    """Each notebook in a folder, whose it is and which assignment: "" where its name does not say."""
+    for path in sorted(folder.rglob("*.ipynb")):
+        parts = path.relative_to(folder).parts
+        if path.is_symlink() or not path.is_file() or any(part.startswith(".") for part in parts):
+            continue
+        name = _COPY.sub("", path.stem)
+        stem = next((stem for stem in stems if name.endswith(stem)), "")
+        yield path, parts[0] if len(parts) > 1 else name[: len(name) - len(stem)].rstrip("_- ") if stem else "", stem
+
+
+def left_out(folder: Path) -> list[tuple[str, str]]:
+    """(student, file) of each notebook in a folder that has not the name of an assignment."""
+    if not folder.is_dir():
+        return []
+    found = _notebooks(folder, [path.stem for path in masters.masters()])
+    return [
+        (canonical(student or path.stem), path.relative_to(folder).as_posix())
+        for path, student, stem in found
+        if not stem or not student
+    ]
 
 
 def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[str]]:
@@ -45,22 +76,18 @@ def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[
         raise ValueError(f"no folder {folder}: make grade SUBMISSIONS=folder, with a folder per student in it")
     stems, found, strange = [path.stem for path in masters.masters()], [], []
     wanted = {masters.master(only).stem} if only else set(stems)
-    for path in sorted(folder.rglob("*.ipynb")):
-        parts = path.relative_to(folder).parts
-        if path.is_symlink() or not path.is_file() or any(part.startswith(".") for part in parts):
-            continue
-        stem = next((stem for stem in stems if path.stem.endswith(stem)), None)
-        student = parts[0] if len(parts) > 1 else path.stem[: -len(stem)].rstrip("_- ") if stem else ""
-        if stem is None or not student:
-            strange.append(f"left out: {path.relative_to(folder)}: not the name of an assignment that was handed out")
+    for path, student, stem in _notebooks(folder, stems):
+        if not stem or not student:
+            strange.append(f"left out: {path.relative_to(folder)}: {NOT_ITS_NAME}")
         elif stem in wanted:
             found.append(Submission(student, stem, path))
     found = _with_keys(found, strange)
     for (student, stem), several in _by_student(found).items():
         if len(several) > 1:
             newest = max(several, key=lambda s: s.path.stat().st_mtime)
-            found = [s for s in found if s not in several or s == newest]
             which = newest.path.relative_to(folder)
+            noted = replace(newest, note=f"{len(several)} notebooks were handed in; graded is the newest, {which}")
+            found = [noted if s == newest else s for s in found if s not in several or s == newest]
             strange.append(f"{student}: {len(several)} notebooks for {stem}; graded is {which}")
     if not found:
         raise ValueError(

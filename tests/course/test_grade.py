@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from svit_course import Question, Wrong, notebooks
 from svit_course import masters as m
-from svit_course.grading import command, reading, reports, submissions
+from svit_course.grading import command, reading, reports, runs, submissions, totals
 from svit_course.question import decide
 from svit_course.sandbox import wire
 from tests.course.handed_in import MASTER, Change, answers, deletes, sandboxed, submission
@@ -132,8 +132,8 @@ def marks(graded: tuple[Path, Path], student: str) -> dict[str, tuple[float, str
 
 def test_a_solution_gets_every_mark_by_tests(graded: tuple[Path, Path]) -> None:
     (total,) = [row for row in rows(graded[1] / "totals.csv") if row["student"] == "ada"]
-    assert (total["by_tests"], total["by_hand"], total["out_of"]) == ("13", "0", "20")
-    assert total["note"] == "to mark by hand: a5, a6"
+    assert (total["by_tests"], total["by_hand"], total["out_of"]) == ("13", "", "20")
+    assert total["total"] == "13 (not final)" and total["note"] == "not final, to mark by hand: a5, a6"
 
 
 @pytest.mark.parametrize(
@@ -187,17 +187,15 @@ def test_nothing_was_written_beside_the_submissions(graded: tuple[Path, Path]) -
 
 
 def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = graded
-    only = folder.parent / "only-ada"
-    submission(only, "ada")
+    _, out = graded
     table = rows(out / "by_hand.csv")
     for row in table:
         if row["student"] == "ada" and row["question"] == "a6":
             row["marks"], row["comment"] = "3.5", "=HYPERLINK(1)"
     reports.write_table(out / "by_hand.csv", reports.BY_HAND, table)
-    assert command.main([str(only), "--out", str(out)]) == 0
+    assert totals.main(["--out", str(out)]) == 0  # without the submissions, and nothing is graded again
     (total,) = [row for row in rows(out / "totals.csv") if row["student"] == "ada"]
-    assert (total["by_tests"], total["by_hand"], total["total"]) == ("13", "3.5", "16.5")
+    assert (total["by_tests"], total["by_hand"], total["total"]) == ("13", "3.5", "16.5 (not final)")
     assert marks(graded, "ada")["a6 by hand"] == (3.5, "marked", "'=HYPERLINK(1)")
     # Lines of students who are not graded this time stay, too.
     assert len(rows(out / "by_hand.csv")) == len(table)
@@ -208,7 +206,7 @@ def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: p
 
     table[0]["marks"] = "99"
     reports.write_table(out / "by_hand.csv", reports.BY_HAND, table)
-    assert command.main([str(only), "--out", str(out)]) == 2
+    assert totals.main(["--out", str(out)]) == 2
     assert "marks are a number from 0 to" in capsys.readouterr().err
 
 
@@ -242,6 +240,37 @@ def test_flat_folders_and_two_versions(tmp_path: Path) -> None:
     found, strange = submissions.find(tmp_path)
     assert [(s.student, s.path.name) for s in found] == [("ada", f"ada_{MASTER.name}"), ("ben", MASTER.name)]
     assert found[1].path == newer and "2 notebooks" in strange[0]
+    assert "graded is the newest" in found[1].note
+
+
+@pytest.mark.parametrize(
+    "suffix", [" (1)", "-Copy1", " copy", " copy 2", " - Copy (2)", "_copy", " (1) (1)", " - Kopie"]
+)
+def test_a_copys_name_is_recognised(tmp_path: Path, suffix: str) -> None:
+    """As a browser names the second download, JupyterLab a duplicate, and file managers a copy."""
+    submission(tmp_path, "ada", name=f"{MASTER.stem}{suffix}.ipynb")
+    submission(tmp_path, ".", name=f"ben_{MASTER.stem}{suffix}.ipynb")
+    found, strange = submissions.find(tmp_path)
+    assert [(s.student, s.assignment) for s in found] == [("ada", MASTER.stem), ("ben", MASTER.stem)] and not strange
+
+
+def test_what_is_left_out_has_a_line_in_the_totals(tmp_path: Path) -> None:
+    submission(tmp_path / "in", "ada", name="final version.ipynb")
+    submission(tmp_path / "in", ".", name="loose.ipynb")
+    good = runs.not_graded(submissions.Submission("ben", MASTER.stem, tmp_path / "none"), "a test")
+    for _ in range(2):
+        reports.write_left_out(submissions.left_out(tmp_path / "in"), tmp_path)
+        reports.write_reports([good], tmp_path)
+    table = rows(tmp_path / "totals.csv")
+    assert [(row["student"], row["assignment"]) for row in table] == [
+        ("ada", "ada/final version.ipynb"),
+        ("ben", MASTER.stem),
+        ("loose", "loose.ipynb"),
+    ]
+    assert all("not the name of an assignment" in table[i]["note"] and not table[i]["total"] for i in (0, 2))
+    (tmp_path / "in" / "loose.ipynb").unlink()
+    reports.write_left_out(submissions.left_out(tmp_path / "in"), tmp_path)
+    assert len(rows(tmp_path / "totals.csv")) == 2
 
 
 def test_given_cells_come_from_the_master() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from svit_course import masters as m
 from svit_course import rule
-from svit_course.grading import reports, runs, submissions
+from svit_course.grading import reports, runs, submissions, totals
 
 
 def test_only_small_pictures_reach_the_page() -> None:
@@ -57,6 +57,30 @@ def test_a_table_that_cannot_be_read_is_refused_before_grading(tmp_path: Path, t
     (tmp_path / "by_hand.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
         reports.marks_by_hand(tmp_path / "by_hand.csv")
+
+
+def test_marks_by_hand_are_added_without_grading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Totals once asked for every submission to be graded again, and looked final before anything was marked."""
+    assert totals.main(["--out", str(tmp_path)]) == 2
+    assert "nothing was graded" in capsys.readouterr().err
+    about = submissions.Submission("ada", m.master("a").stem, tmp_path / "gone")
+    picture = b"\x89PNG\r\n\x1a\n..."
+    marks = [runs.Mark("a1", "visible", 1.0, 1.0, "ok"), runs.Mark("a5", "by hand", None, 3.0, "by hand")]
+    marks.append(runs.Mark("a6", "by hand", None, 4.0, "by hand"))
+    graded = runs.Graded(about, marks, flags=["a4: exec"], pictures={"a5": [picture]}, sources={"a6": "Because."})
+    reports.write_reports([graded], tmp_path)
+    expected = {"": ("", "1 (not final)"), "a5": ("2", "3 (not final)"), "a6": ("4.5", "5.5")}
+    given = {"": "", "a5": "2", "a6": "2.5"}
+    for question, (by_hand, total) in expected.items():
+        table = reports._read(tmp_path / "by_hand.csv")[1]
+        for row in table:
+            row["marks"] = given[question] if row["question"] == question else row["marks"]
+        reports.write_table(tmp_path / "by_hand.csv", reports.BY_HAND, table)
+        assert totals.main(["--out", str(tmp_path)]) == 0
+        (line,) = reports._read(tmp_path / "totals.csv")[1]
+        assert (line["by_tests"], line["by_hand"], line["total"], line["flags"]) == ("1", by_hand, total, "a4: exec")
+    page = (tmp_path / "feedback" / "ada" / f"{about.assignment}.html").read_text(encoding="utf-8")
+    assert "5.5 of 8 marks" in page and base64.b64encode(picture).decode() in page and "Because." in page
 
 
 def test_a_short_line_without_marks_is_no_harm(tmp_path: Path) -> None:

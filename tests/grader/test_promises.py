@@ -13,7 +13,7 @@ from svit_course.grading import reports, runs
 from svit_course.grading.runs import Judge
 from svit_course.grading.submissions import Submission
 from svit_course.sandbox.sandbox import Sandbox
-from tests.course import test_rule
+from tests.course import test_follow, test_rule
 from tests.course.handed_in import MASTER, answers, submission
 from tests.grader import test_attacks, test_points
 
@@ -31,6 +31,7 @@ KEPT: dict[str, tuple[str, ...]] = {
         "test_hidden_folders_stay_hidden_wherever_they_lie",
         "test_only_probes_are_loaded_beside_a_submission",
         "test_what_is_in_the_process_is_no_judge",
+        "test_nothing_of_our_answer_comes_back",
     ),
     "Memory, processes, files": (
         "test_it_ends_as_a_status",
@@ -81,7 +82,7 @@ def test_every_promise_is_kept_by_tests() -> None:
     text = PAGE.read_text(encoding="utf-8").split("**What is promised.**")[1].split("**Is it secret?**")[0]
     promises = re.findall(r"^- (.+)$", text, flags=re.MULTILINE)
     assert len(promises) == 10 and all(len(promise) < 220 for promise in promises)
-    there = {**vars(test_attacks), **vars(test_points), **vars(test_rule), **globals()}
+    there = {**vars(test_attacks), **vars(test_points), **vars(test_rule), **vars(test_follow), **globals()}
     for promise, (begin, tests) in zip(promises, KEPT.items(), strict=True):
         assert promise.startswith(begin)
         assert all(callable(there.get(test)) for test in tests), tests
