@@ -23,8 +23,8 @@ from tools.pages import Counts
 # teaching cells over 15 lines, checks over 8, constant prints, exercises without an answer, code lines over 88, words
 LIMITS = {
     "01_attention_theory": Counts(0, 0, 0, 0, 0, 3248),
-    "02_implementing_sparse_attention": Counts(0, 0, 0, 0, 0, 2679),
-    "03_fine_tuning": Counts(0, 0, 0, 0, 0, 2605),
+    "02_implementing_sparse_attention": Counts(0, 0, 0, 0, 0, 2674),
+    "03_fine_tuning": Counts(0, 0, 0, 0, 0, 2603),
     "04_baseline_comparison": Counts(0, 0, 0, 0, 0, 2969),
     "05_interpretability": Counts(0, 0, 0, 0, 0, 2834),
     "06_what_it_costs": Counts(0, 0, 0, 0, 0, 1888),
