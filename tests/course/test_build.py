@@ -135,6 +135,32 @@ def test_a_master_says_what_it_asks_for(stem: str) -> None:
             assert f"| {cell.question} |" in title
 
 
+def test_the_sidebar_shows_titles_and_ends_with_the_lecturers_pages() -> None:
+    """A formula in a title is not set where the theme lists it; the rubric is no page to meet before an assignment."""
+    for path in m.masters():
+        assert "$" not in notebooks.title(notebooks.read(path), "")
+    contents = (notebooks.ROOT / "book" / "contents.md").read_text(encoding="utf-8")
+    *_, last = contents.split(":caption: ")
+    assert last.startswith("For lecturers") and "rubric" in last and contents.count("rubric") == 1
+
+
+def test_the_semester_reads_a_chapter_before_an_assignment_on_it_is_due() -> None:
+    """e was handed out whole a week before the chapter that half of it leans on."""
+    text = (m.ASSIGNMENTS / "semester.md").read_text(encoding="utf-8")
+    weeks = re.findall(r"^\| (\d+) \| ([^|]*) \| [^|]* \| ([^|]*) \|$", text, flags=re.MULTILINE)
+    assert [int(week) for week, *_ in weeks] == list(range(1, 13))
+    for path in m.masters():
+        letter = path.stem[0]
+        first = next(cell.source for cell in notebooks.read(path).cells if "**Read first**" in cell.source)
+        chapters = re.findall(r"\[chapter (\d)\]", first.split("**Read first**")[1].split("\n")[0])
+        due = next(int(week) for week, _, home in weeks if f"**{letter}** due" in home)
+        read = {c: min(int(week) for week, text, _ in weeks if f"chapter {c}" in text) for c in chapters}
+        assert max(read.values()) <= due, (letter, read, due)
+        out, home = next((int(week), home) for week, _, home in weeks if f"**{letter}** handed out" in home)
+        if max(read.values()) > out:
+            assert f"**{letter}** handed out: {letter}1" in home, f"{letter}: which questions need only what was read?"
+
+
 def headings(chapter: str) -> tuple[set[str], set[str]]:
     """(numbers, titles) of a chapter's sections; "4.2" counts as "4.2"."""
     numbers, titles = set(), set()
