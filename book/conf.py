@@ -37,7 +37,7 @@ bibtex_default_style = "unsrtalpha"
 copybutton_selector = "div.cell_input pre, div.highlight-console pre, div.highlight-python pre"
 
 autodoc_typehints, python_use_unqualified_type_names = "signature", True
-autodoc_member_order = "groupwise"
+autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 # Types of other packages, whose documentation lies on other hosts: looked up offline they are never found.

@@ -32,7 +32,20 @@ FILES = (
 )
 MARKDOWN = ("*.md", "notebooks/**/*.md", "results/**/*.md", "benchmarks/gpu/README.md", "data/README.md")
 # The library's rooms, as a reader of the chapters meets them.
-MODULES = ("attention", "models", "hub", "training", "data", "explain", "referee", "show", "records", "paths")
+MODULES = (
+    "attention",
+    "attention.normalisers",
+    "exclusive",
+    "models",
+    "hub",
+    "training",
+    "data",
+    "explain",
+    "referee",
+    "show",
+    "records",
+    "paths",
+)
 COMMANDS = {  # title: module whose `parser()` has the options, command of that parser
     "python -m svit_utils doctor": ("svit_utils.__main__", "doctor"),
     "python -m svit_utils train": ("svit_utils.__main__", "train"),
@@ -163,6 +176,7 @@ def reference(module: str) -> str:
 ```{{eval-rst}}
 .. automodule:: {module}
    :members:{gathered}
+   :exclude-members: extra_repr
 ```
 """
 

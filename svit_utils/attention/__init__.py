@@ -20,10 +20,11 @@ from .surgery import (
 from .thresholds import EMPTY_ROWS, FixedThreshold, LearnableThreshold, RelativeThreshold, Threshold, ThresholdLike
 from .tracker import TokenSparsityTracker, TrackerSummary
 
-__all__ = ["attention_record", "attention_rows", "backend_for", "backends", "thresholded_attention"]
-__all__ += ["SparseAttention", "SparseAttentionMixin", "SparseAttentionRope", "SparseEvaAttention"]
-__all__ += ["NORMALISERS", "AttentionRecord", "AttentionRows", "Normaliser", "thresholded_softmax"]
-__all__ += ["LayerReport", "SparsifyReport", "densify", "describe_sparsity", "learnable_thresholds"]
-__all__ += ["restore_sparsity", "sparse_modules", "sparsified", "sparsify"]
-__all__ += ["EMPTY_ROWS", "FixedThreshold", "LearnableThreshold", "RelativeThreshold", "Threshold", "ThresholdLike"]
+# ruff: noqa: RUF022 - in the order in which the reference shows them: what one looks for first comes first
+__all__ = ["sparsify", "densify", "sparsified", "SparsifyReport", "LayerReport"]
 __all__ += ["TokenSparsityTracker", "TrackerSummary"]
+__all__ += ["FixedThreshold", "RelativeThreshold", "LearnableThreshold", "Threshold", "ThresholdLike", "EMPTY_ROWS"]
+__all__ += ["thresholded_softmax", "thresholded_attention", "backends", "backend_for"]
+__all__ += ["sparse_modules", "learnable_thresholds", "describe_sparsity", "restore_sparsity"]
+__all__ += ["NORMALISERS", "Normaliser", "AttentionRows", "attention_rows", "AttentionRecord", "attention_record"]
+__all__ += ["SparseAttention", "SparseAttentionRope", "SparseEvaAttention", "SparseAttentionMixin"]

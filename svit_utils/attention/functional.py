@@ -69,7 +69,8 @@ def thresholded_attention(
         dropout_p: dropout on the renormalised weights; pass 0 at evaluation.
         empty_rows: ``"zero"``, ``"dense"``, ``"top1"`` or ``"cap"``, see `thresholded_softmax`.
         return_weights: also return the weights multiplied with V.
-        backend: ``"auto"`` or one of `backends()`.
+        backend: ``"auto"``, or one of `backends()`: ``"reference"`` (the formula), ``"tiled"`` (CPU) and ``"triton"``
+            (GPU).
 
     Returns:
         out [B, H, N, Dv] in v's dtype; with ``return_weights`` also weights [B, H, N, M], float32 or wider.
@@ -95,7 +96,7 @@ def attention_rows(
 ) -> tuple[Tensor, AttentionRows]:
     """`thresholded_attention` with statistics of its rows, taken from what is multiplied with V, without its map.
 
-    ``options`` are those of `Call.checked`.
+    ``options`` are `thresholded_attention`'s ``scale``, ``attn_mask``, ``is_causal``, ``dropout_p``, ``empty_rows``.
     """
     check_backend(backend)
     call = Call.checked(q, k, v, threshold, **options)
@@ -111,7 +112,7 @@ def attention_rows(
 def attention_record(
     q: Tensor, k: Tensor, v: Tensor, threshold: ThresholdLike = 0.01, **options: Any
 ) -> AttentionRecord:
-    """`thresholded_attention` by the formula, with its intermediates; ``options`` are those of `Call.checked`."""
+    """`thresholded_attention` by the formula, with its intermediates; ``options`` as for `attention_rows`."""
     return _formula(q, k, v, Call.checked(q, k, v, threshold, **options))
 
 

@@ -22,6 +22,7 @@ from svit_utils.exclusive import exclusive, exclusively
 Layer = int | str
 
 _SUPPORTED = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SPARSE_CLASSES)
+_FAMILIES = "ViT, DeiT, DINOv2, SigLIP, EVA02, DINOv3, NaFlexViT and hybrids such as MobileViT"
 _ATTENTION_NAME = re.compile(r"att(entio)?n|parallelscaling|^xca$", re.IGNORECASE)
 _POOLING_NAME = re.compile(r"pool", re.IGNORECASE)
 # What a sparse module has and its dense twin has not.
@@ -317,26 +318,29 @@ def _supported_modules(model: nn.Module) -> dict[str, nn.Module]:
                 f"{name} is a {cls.__module__}.{cls.__name__}, a subclass of timm's attention with a forward of its "
                 f"own, which sparsify cannot convert; supported are {_SUPPORTED} and subclasses that keep their forward"
             )
-        elif _is_attention(module):
+        elif _is_attention(module) and not _holds_attention(module):
             unsupported.add(f"{cls.__module__}.{cls.__name__}")
     if not supported:
         found = f"its attention is {', '.join(sorted(unsupported))}" if unsupported else "it has no attention module"
         what = f"{type(model).__name__} has no attention that sparsify can convert"
-        raise ValueError(f"{what}: {found}; supported are {_SUPPORTED}")
+        raise ValueError(f"{what}: {found}; supported are {_SUPPORTED}, as in {_FAMILIES}")
     return supported
 
 
 def _attention_modules(model: nn.Module, supported: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Every attention module of the model, supported or not; containers of supported ones are skipped."""
+    """Every attention module of the model, supported or not; a block that holds another one is not counted itself."""
     for name, module in model.named_modules():
-        holds_supported = any(s.startswith(f"{name}.") for s in supported)
-        if name in supported or (_is_attention(module) and not holds_supported):
+        if name in supported or (_is_attention(module) and not _holds_attention(module)):
             yield name, module
 
 
 def _is_attention(module: nn.Module) -> bool:
     """Attention by its class name, and with weights, so that a helper without any is not taken for one."""
     return bool(_ATTENTION_NAME.search(type(module).__name__)) and any(True for _ in module.parameters())
+
+
+def _holds_attention(module: nn.Module) -> bool:
+    return any(_is_attention(inner) for inner in module.modules() if inner is not module)
 
 
 def mixes_tokens(module: nn.Module) -> bool:

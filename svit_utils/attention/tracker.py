@@ -109,10 +109,15 @@ class TokenSparsityTracker:
         self._totals.clear()
 
     def table(self) -> pd.DataFrame:
-        """One row per layer, head and query set; the columns are `COLUMNS`.
+        """One row per layer, head and query set, with the statistics of the queries seen.
 
-        ``queries`` is ``"all"`` or ``"class"`` (the class token's row alone; absent in models without one). The
-        percentiles are of the number of survivors per query, over all queries seen; each is a number that occurred.
+        ``queries`` is ``"all"`` or ``"class"`` (the class token's row alone; absent in models without one).
+        ``kept_mean`` is the mean number of survivors of a row; ``kept_p10``, ``kept_p50``, ``kept_p90`` its
+        percentiles, each a number that occurred. Means over the rows are ``cut_sparsity``, the share of keys with
+        p <= tau; ``applied_sparsity``, the share of exact zeros among the weights that multiply V; ``empty_rate``, the
+        share of rows without a survivor; ``kept_mass``, the survivors' sum of p; and ``effective_support``, 1 over the
+        sum of the squared weights: k for weights spread evenly over k keys, more than ``kept_mean`` where empty rows
+        fall back to their softmax.
 
         Raises:
             ValueError: nothing was recorded yet.
