@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
@@ -129,6 +130,30 @@ def test_bad_settings_leave_the_model_as_it_was(arguments, message):
             with pytest.raises(ValueError, match=message):
                 call(model, **arguments)
         assert [(type(m), repr(m)) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "sparse", "dense", "kind"),
+    [("crossvit_9_240", 12, 6, "CrossAttention"), ("vit_base_patch16_siglip_224", 12, 1, "AttentionPoolLatent")],
+)
+def test_a_block_that_holds_attention_is_not_counted_itself(name, sparse, dense, kind):
+    with torch.device("meta"):
+        report = sparsify(timm.create_model(name))
+    assert (len(report.converted), len(report.left)) == (sparse, dense)
+    assert {layer.class_name for layer in report.layers if not layer.converted} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("cait_xxs24_224", {"ClassAttn", "TalkingHeadAttn"}), ("xcit_nano_12_p16_224", {"ClassAttn", "XCA"})],
+)
+def test_a_refusal_names_the_attention_and_what_is_supported(name, found):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ValueError, match=r"as in ViT, DeiT, DINOv2, .* hybrids such as MobileViT") as error:
+        sparsify(model)
+    named = str(error.value).partition("its attention is ")[2].partition(";")[0]
+    assert {each.rpartition(".")[2] for each in named.split(", ")} == found
 
 
 def test_report_text():
