@@ -105,7 +105,7 @@ checkpoints: $(STAMP) ## train the shipped checkpoints anew (hours on a CPU)
 	$(PY) -m tools.make_checkpoints
 
 .PHONY: results
-results: $(STAMP) ## write the results in README.md from results/
+results: $(STAMP) ## write README.md's results, results/README.md and results/verdict/ from the records
 	$(PY) -m tools.readme_results
 
 .PHONY: study
