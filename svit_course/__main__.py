@@ -17,8 +17,8 @@ COMMANDS = {
 # What a command needs beyond the library's own packages: the extra `course` in pyproject.toml.
 NEEDED = {
     "build": ("nbformat", "nbgrader", "hatchling"),
-    "grade": ("nbformat", "IPython", "jinja2", "pygments", "psutil"),
-    "totals": ("nbformat", "jinja2", "pygments", "psutil"),
+    "grade": ("nbformat", "IPython", "jinja2", "pygments", "psutil", "markdown_it", "mdit_py_plugins"),
+    "totals": ("nbformat", "jinja2", "pygments", "psutil", "markdown_it", "mdit_py_plugins"),
 }
 USAGE = """\
 usage: python -m svit_course build|grade|totals ...

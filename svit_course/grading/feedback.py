@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from svit_course import masters, notebooks, questions
 from svit_course.grading.runs import Graded
+from svit_course.grading.texts import as_html
 
 RUBRIC = masters.ASSIGNMENTS / "rubric.md"
 _BLANK = re.compile(r"\n(?:[ \t]*\n){3,}")
@@ -51,10 +53,12 @@ td, th { text-align: left; padding: .25rem .6rem .25rem 0; vertical-align: top; 
 td.marks { white-space: nowrap; }
 pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; border-radius: 6px; }
 img { max-width: 100%; background: #fff; }
+img.formula { background: none; vertical-align: middle; }
+img.block { display: block; margin: .5rem auto; }
 .message { margin: .25rem 0; }
 .small { font-size: .9rem; opacity: .8; }
 @media (prefers-color-scheme: light) { {{ light }} }
-@media (prefers-color-scheme: dark) { {{ dark }} }
+@media (prefers-color-scheme: dark) { {{ dark }} img.formula { filter: invert(1); } }
 pre { background: var(--soft) !important; }
 </style>
 </head>
@@ -87,13 +91,16 @@ pre { background: var(--soft) !important; }
 <p class="small">Marked by:</p>
 <ul class="small">{% for line in question.rubric %}<li>{{ line }}</li>{% endfor %}</ul>
 {% endif %}
+{% if question.printed %}
+<details open><summary>What the cell printed</summary><pre>{{ question.printed }}</pre></details>
+{% endif %}
 {% for picture in question.pictures %}
 <p><img src="data:image/png;base64,{{ picture }}" alt="The figure that the answer to {{ question.name }} drew"></p>
 {% endfor %}
 {% if question.code %}
 <details><summary>The answer as it was graded</summary>{{ question.code | safe }}</details>
 {% elif question.text %}
-<details open><summary>The answer</summary><pre>{{ question.text }}</pre></details>
+<details open><summary>The answer</summary>{{ question.text }}</details>
 {% endif %}
 {% for name, cell in question.elsewhere %}
 <p class="small">What was graded as <code>{{ name }}</code> was last defined by cell {{ cell }}, below.</p>
@@ -148,7 +155,8 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
         # Highlighting takes more than linear time on text that was made for it.
         coloured = is_code and len(source) < 20_000
         about["code"] = highlight(source, PythonLexer(), HtmlFormatter()) if source and coloured else ""
-        about["text"] = "" if coloured else source
+        about["text"] = "" if coloured else Markup("<pre>{}</pre>").format(source) if is_code else as_html(source)
+        about["printed"] = graded.printed.get(name, "")
         asked = next((q.answers for q in coded if q.name == name), ())
         about["elsewhere"] = [(n, graded.origin[n]) for n in asked if graded.origin.get(n, name) != name]
         about["pictures"] = [base64.b64encode(data).decode() for data in graded.pictures.get(name, [])]

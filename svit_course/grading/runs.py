@@ -45,6 +45,7 @@ class Graded:
 
     ``sources``: of the answers; ``own``: of all other cells that were run, by the number of the cell; ``flags``: what
     a human should look at, cell by cell; ``origin``: which cell last gave a name its value; ``pictures``: PNG files;
+    ``printed``: by the cells of plots;
     ``slow``: the clock has ended something.
     """
 
@@ -56,6 +57,7 @@ class Graded:
     flags: list[str] = field(default_factory=list)
     origin: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, list[bytes]] = field(default_factory=dict)
+    printed: dict[str, str] = field(default_factory=dict)
     slow: bool = False
 
 
@@ -130,7 +132,8 @@ def grade_in(sandbox: Sandbox, submission: Submission, judge: Judge) -> Graded:
     for asked in original:
         if asked.part in ("plot", "written"):
             if asked.id in graded.sources:
-                graded.marks.append(Mark(asked.id, "by hand", None, asked.points, "by hand"))
+                _, stopped = run.failed.get(asked.id, ("", ""))
+                graded.marks.append(Mark(asked.id, "by hand", None, asked.points, "by hand", stopped))
             else:
                 sentence = f"the cell {asked.id} is not there: was it deleted?"
                 graded.marks.append(Mark(asked.id, "by hand", 0.0, asked.points, "missing", sentence))
@@ -275,8 +278,9 @@ class Run:
                 return
             if problem := answer.get("error") or answer.get("wrong"):
                 self._note(cell, "wrong", problem)
-            elif plot and self.quoting:
+            if plot and self.quoting:
                 self.graded.pictures.setdefault(cell["id"], []).extend(pngs(data))
+                self.graded.printed[cell["id"]] = str(answer.get("printed", ""))
             if plot:
                 self.done.add(number)
 
@@ -288,9 +292,9 @@ class Run:
         if not self.quoting:
             message = "it failed when the cells were run again"
         self.failed[number] = (status, f"cell {cell['id']}: {message}")
-        if cell["part"] == "answer":
+        if cell["part"] in ("answer", "plot"):
             self.failed.setdefault(cell["id"], self.failed[number])
-        else:
+        if cell["part"] != "answer":
             self.graded.notes.append(f"cell {cell['id']}: {message}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import contextlib
 import io
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 from svit_course.sandbox import wire
 
 PICTURES, QUOTED = 3, 300  # figures of a cell, characters of an error's text
+PRINTED = 8000  # characters of what a plot's cell prints
 
 
 def prepare(setup: dict[str, Any]) -> Student:
@@ -35,6 +37,17 @@ def prepare(setup: dict[str, Any]) -> Student:
         sys.modules[name] = module = types.ModuleType(name)
         exec(compile(source, name, "exec"), module.__dict__)
     return Student(setup["memory"])
+
+
+class _Printed(io.TextIOBase):
+    """What is printed, from its beginning, as far as it is shown."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text[: PRINTED - len(self.text)]
+        return len(text)
 
 
 class _Magics:
@@ -98,14 +111,18 @@ class Student:
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             message, data = {"error": "the plot ended its process"}, b""
+            sys.stdout = printed = _Printed()
             try:
                 os.closerange(3, writing)  # the grader is spoken to by the parent alone
                 os.closerange(writing + 1, 4096)
                 try:
                     exec(code, dict(self.scope))
-                    message, data = {}, _pictures()
+                    message = {}
                 except BaseException as error:
                     message = {"error": _in_one_line(error)}
+                with contextlib.suppress(Exception):  # what stands already is shown, whatever came then
+                    data = _pictures()
+                message["printed"] = printed.text
                 with open(writing, "wb") as stream:
                     stream.write(wire.packed(message, data))
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import re
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from svit_course import masters as m
 from svit_course import rule
-from svit_course.grading import reports, runs, submissions, totals
+from svit_course.grading import reports, runs, submissions, texts, totals
 
 
 def test_only_small_pictures_reach_the_page() -> None:
@@ -81,6 +82,39 @@ def test_marks_by_hand_are_added_without_grading(tmp_path: Path, capsys: pytest.
         assert (line["by_tests"], line["by_hand"], line["total"], line["flags"]) == ("1", by_hand, total, "a4: exec")
     page = (tmp_path / "feedback" / "ada" / f"{about.assignment}.html").read_text(encoding="utf-8")
     assert "5.5 of 8 marks" in page and base64.b64encode(picture).decode() in page and "Because." in page
+
+
+def test_a_written_answer_is_set_as_jupyterlab_shows_it() -> None:
+    """The page once showed a text's source, with its asterisks and dollars."""
+    page = texts.as_html("The *same* weights:\n\n- $\\tau$ and $\\tfrac12$\n\n$$\\frac{r}{z}$$\n\n1. 5$ and 6$")
+    assert "<em>same</em>" in page and "<li>" in page and "5$ and 6$" in page
+    assert page.count("data:image/svg+xml;base64,") == 2 and 'alt="\\tau"' in page
+    assert r"<code>\tfrac12</code>" in page  # what matplotlib's TeX does not know stays as it was written
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "[a](javascript:alert(1))",
+        "![a](http://example.org/x.png)",
+        '$"><script>alert(1)</script>$',
+        "[a](data:text/html,x)",
+    ],
+)
+def test_nothing_of_a_text_is_run_or_loaded(text: str) -> None:
+    page = texts.as_html(text)
+    assert not re.search(r"<script|<img src=x|src=.http|href=.(javascript|data)", page)
+
+
+@pytest.mark.parametrize(
+    "piece", ["$" + "{" * 390 + "$", "*a **", "[", "`", "> ", "$x$ ", "|a", "$" + "x^{" * 130 + "$"]
+)
+def test_a_text_made_to_cost_costs_little(piece: str) -> None:
+    started = time.monotonic()
+    texts.as_html((piece * 20_000)[:20_000]), texts.as_html(piece * 20_000)
+    assert time.monotonic() - started < 30
 
 
 def test_a_short_line_without_marks_is_no_harm(tmp_path: Path) -> None:

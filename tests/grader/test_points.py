@@ -284,6 +284,21 @@ def test_a_plot_may_use_the_library_and_leaves_nothing_of_it(graded_by: Grader) 
     assert len(graded.pictures["a5"]) == 1
 
 
+STOPS = "print('first', softmax(np.zeros(2)))\nplt.plot([1, 2])\nraise ValueError('values must be finite')"
+
+
+@pytest.mark.parametrize("source", [STOPS, f"print('x' * 10**6)\n{STOPS}", STOPS.replace("\n", "\nplt.figure()\n", 1)])
+def test_a_plot_that_stops_is_shown_as_far_as_it_came(graded_by: Grader, tmp_path: Path, source: str) -> None:
+    """A NaN from an answer once left an empty place to mark; and what the cell prints was never shown."""
+    graded = graded_by(answers("a5", source))
+    (mark,) = [mark for mark in graded.marks if mark.question == "a5"]
+    assert (mark.status, mark.marks) == ("by hand", None) and "values must be finite" in mark.message
+    assert graded.pictures["a5"] and len(graded.printed["a5"]) <= 8000
+    reports.write_reports([graded], tmp_path)
+    page = next(tmp_path.rglob("*.html")).read_text(encoding="utf-8")
+    assert "What the cell printed" in page and "values must be finite" in page and "data:image/png" in page
+
+
 @pytest.mark.parametrize(
     "body",
     [
