@@ -176,6 +176,10 @@ def hint(name: str, step: int = 1) -> None:
 
 # ------------------------------------------------------------------------------------------------ messages
 
+_LOST_AXIS = re.compile(r"could not be broadcast together with shapes \(([\d, ]+)\) \(([\d, ]*)\)")
+_MATRICES = re.compile(
+    r"matmul: |core dimension|mat1 and mat2|to have the same .* in dimension|Expected size for first two"
+)
 _SHAPES = re.compile(
     r"shape|size|broadcast|dimension|mat1|index \d+ is out of bounds|einsum|reshape|axis", re.IGNORECASE
 )
@@ -200,6 +204,20 @@ def describe(error: BaseException, answers: Sequence[str]) -> str:
     if "Can't call numpy() on Tensor that requires grad" in said:
         return f"the answer goes through NumPy, where there are no gradients ({said}). Stay in torch"
     if _SHAPES.search(said):
+        lost = _LOST_AXIS.search(said)
+        whole, part = ([int(n) for n in lost.group(k).split(",") if n.strip()] for k in (1, 2)) if lost else ((), ())
+        if lost and part in (whole[:-1], whole[:-2] + whole[-1:]):
+            return f"it fails on inputs of this shape ({said}). A sum or a maximum has lost its axis: keepdims=True"
+        if "at non-singleton dimension" in said:
+            return (
+                f"it fails on inputs of this shape ({said}). Does a sum or a maximum need keepdim=True, to line up "
+                "with its rows? Or is a shape, or a number of tokens, written into the code?"
+            )
+        if _MATRICES.search(said):
+            return (
+                f"it fails on inputs of this shape ({said}). .T turns all axes around, swapaxes(-1, -2) the last two: "
+                "is it that? Or is a shape, or a number of tokens, written into the code?"
+            )
         return f"it fails on inputs of this shape ({said}). Is a shape, or a number of tokens, written into the code?"
     return f"it stops with {said}"
 

@@ -1,4 +1,4 @@
-"""Grade a folder of submissions: ``make grade SUBMISSIONS=dir``, or ``python -m svit_course grade dir``."""
+"""Grade submissions: ``make grade SUBMISSIONS=dir``, or ``python -m svit_course grade dir``, or ``... my_a.ipynb``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ TRUSTED = (
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     whole = argparse.ArgumentParser(
-        prog="python -m svit_course grade", description="Grade a folder of submissions: marks as CSV, feedback as HTML."
+        prog="python -m svit_course grade",
+        description="Grade a folder of submissions, or one notebook: marks as CSV, feedback as HTML.",
     )
-    whole.add_argument("submissions", type=Path, help="a folder per student")
+    whole.add_argument("submissions", type=Path, help="a folder per student; or one notebook")
     whole.add_argument("--out", type=Path, default=notebooks.ROOT / "build" / "grades", help="default: build/grades")
     whole.add_argument("--assignment", help="only this one, for example b")
     whole.add_argument("--jobs", type=int, default=2, help="submissions at a time (default: 2)")
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(found)} submissions; each: {bounds.seconds:g} s a test, {options.memory:g} GiB; {how}")
     for line in strange:
         print(f"  {writable(line)}")
-    hide = [options.submissions.resolve(), options.out.resolve()]
+    hide = [options.out.resolve(), *([options.submissions.resolve()] if options.submissions.is_dir() else [])]
     options.out.mkdir(parents=True, exist_ok=True)
     write_left_out(left_out(options.submissions), options.out)
     writing = threading.Lock()
@@ -98,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"Again, one at a time, because they were not done after {WALL} times their seconds:")
             again = {graded.submission: graded for graded in side_by_side(one, slow, 1)}
             everything = [again.get(graded.submission, graded) for graded in everything]
+    if options.submissions.is_file():
+        for mark in everything[0].marks:
+            got = "by hand" if mark.marks is None else f"{mark.marks:g} of {mark.out_of:g}"
+            print(f"    {mark.question} {mark.test}: {got}{f' ({writable(mark.message)})' if mark.message else ''}")
     print(f"Marks: {options.out}/marks.csv and totals.csv. By hand: by_hand.csv. Feedback: {options.out}/feedback/")
     return 1 if any(mark.status == "not graded" for graded in everything for mark in graded.marks) else 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -35,13 +35,16 @@ STATUS = {
     "marked": "marked by hand",
 }
 
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+# What stands between dollars in titles and rubrics.
+SYMBOLS = {r"\tau": "τ", r"\alpha": "α", r"\beta": "β", r"\ge": "≥", r"\le": "≤", r"\cdot": "·", r"\times": "×"}
+
+_TEMPLATE = """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} – {{ student }}</title>
+<title>{{ title | formulas | striptags }} – {{ student }}</title>
 <style>
 :root { color-scheme: light dark; --line: light-dark(#d0d7de, #444c56); --soft: light-dark(#f6f8fa, #22272e); }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
@@ -63,7 +66,7 @@ pre { background: var(--soft) !important; }
 </style>
 </head>
 <body>
-<h1>{{ title }}</h1>
+<h1>{{ title | formulas }}</h1>
 <p><strong>{{ student }}</strong>: {{ got }} of {{ out_of }} marks
 {%- if to_mark %}; {{ to_mark }} are still to be marked by hand{% endif %}.</p>
 {% for note in notes %}
@@ -89,7 +92,7 @@ pre { background: var(--soft) !important; }
 {% endif %}
 {% if question.rubric %}
 <p class="small">Marked by:</p>
-<ul class="small">{% for line in question.rubric %}<li>{{ line }}</li>{% endfor %}</ul>
+<ul class="small">{% for line in question.rubric %}<li>{{ line | formulas }}</li>{% endfor %}</ul>
 {% endif %}
 {% if question.printed %}
 <details open><summary>What the cell printed</summary><pre>{{ question.printed }}</pre></details>
@@ -117,7 +120,22 @@ pre { background: var(--soft) !important; }
 {% endif %}
 </body>
 </html>
-""")
+"""
+
+
+def formulas(text: str) -> Markup:
+    """HTML of a line of text; short formulas between dollars in italics, without anything that has to be loaded."""
+
+    def formula(found: re.Match[str]) -> str:
+        said = re.sub(r"\\[a-z]+", lambda name: SYMBOLS[name.group()], found.group(1))
+        return f"<i>{said}</i>"
+
+    return Markup(re.sub(r"\$([^$]+)\$", formula, str(escape(text))))
+
+
+_PAGES = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_PAGES.filters["formulas"] = formulas
+_PAGE = _PAGES.from_string(_TEMPLATE)
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from svit_course import masters
 
 LARGEST = 512 * 2**20  # bytes of a notebook, outputs included: they are left out before anything else looks at them
-NAME = 100  # characters of a student's name
+NAME, BYTES = 100, 240  # characters and bytes of a student's name, which becomes that of a folder
 NOT_ITS_NAME = "not the name of an assignment that was handed out"
 JOINERS = "\u200c\u200d"  # of some scripts' letters and of emoji: not printable, and harmless
 
@@ -62,6 +63,8 @@ def left_out(folder: Path) -> list[tuple[str, str]]:
 def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[str]]:
     """The submissions in a folder, and a sentence for each notebook that is left out.
 
+    A notebook in the place of the folder is one submission, see `alone`.
+
     Looked for: a folder per student with notebooks somewhere below it, named as they were handed out; or notebooks
     named ``<student>_<assignment>.ipynb`` side by side. Of several for one student and assignment the newest counts.
 
@@ -72,6 +75,8 @@ def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[
         ValueError: no such folder, or nothing in it that could be graded.
         LookupError: no such assignment.
     """
+    if folder.is_file():
+        return [alone(folder, only)], []
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: make grade SUBMISSIONS=folder, with a folder per student in it")
     stems, found, strange = [path.stem for path in masters.masters()], [], []
@@ -97,6 +102,20 @@ def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[
     return found, strange
 
 
+def alone(path: Path, only: str | None = None) -> Submission:
+    """One notebook, whatever its name: the assignment is that of most of its cells. The reader is called as the file.
+
+    Raises:
+        ValueError: it cannot be told.
+        LookupError: no such assignment.
+    """
+    names = re.findall(rb'"(?:id|grade_id)": *"([a-z])[0-9]+(?:-visible)?"', contents(path))
+    letter = only or (Counter(names).most_common(1)[0][0].decode() if names else "")
+    if not letter:
+        raise ValueError(f"{path}: of which assignment is it? Its cells do not say; name it: --assignment a")
+    return Submission(canonical(path.stem), masters.master(letter).stem, path)
+
+
 def _by_student(found: Sequence[Submission]) -> dict[tuple[str, str], list[Submission]]:
     grouped: dict[tuple[str, str], list[Submission]] = {}
     for submission in found:
@@ -111,7 +130,8 @@ def canonical(name: str) -> str:
     """
     spaced = " ".join(unicodedata.normalize("NFC", name).split())
     shown = "".join(c if c.isprintable() or c in JOINERS else ascii(c)[1:-1] for c in spaced)
-    return shown[:NAME].strip() or "unnamed"
+    short = shown[:NAME].encode("utf-8", "backslashreplace")[:BYTES].decode("utf-8", "ignore")
+    return short.strip() or "unnamed"
 
 
 def _with_keys(found: Sequence[Submission], strange: list[str]) -> list[Submission]:

@@ -49,6 +49,7 @@ QUESTION = Question(
         {"what": "one row", "scores": [0.0, 1.0, 2.0, 4.0]},
         {"what": "rows of a matrix", "seed": 1, "shape": [3, 5]},
         {"what": "scores of a thousand", "scores": [[1000.0, 999.0, 0.0], [-1000.0, -1001.0, -1002.0]]},
+        {"what": "a stack of matrices", "seed": 2, "shape": [2, 3, 4]},
     ),
     probe=probe,
     judge=judge,

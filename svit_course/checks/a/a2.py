@@ -11,6 +11,8 @@ from svit_course.checks.a.shared import cut, draw_scores, softmax
 from svit_course.judging import Mistake, array, compare, no_nan, not_renormalised, untouched
 from svit_course.question import Case, Question, Seen
 
+EXACT = "divide by the sum itself, and only where it is 0 by something else"
+
 
 def inputs(case: Case) -> np.ndarray:
     """Probabilities [..., N, M]: written out in the case, or the softmax of its scores."""
@@ -39,6 +41,16 @@ def mistakes(p: np.ndarray, tau: float) -> Iterator[Mistake]:
         hard_weights = np.nan_to_num(hard / hard.sum(axis=-1, keepdims=True))
     subtract = "survivors keep their whole p: the formula subtracts tau, ReLU(p - tau), it does not only ask p > tau"
     yield r, not_renormalised(r)
+    z = r.sum(axis=-1, keepdims=True)
+    for small in (
+        1e-3,
+        1e-4,
+        1e-5,
+        1e-6,
+        1e-7,
+    ):  # 1e-8 is below what float32 can tell, in a row such as the visible one
+        total = float((r / (z + small)).sum(axis=-1).max())
+        yield r / (z + small), f"{small:g} is added to the row's sum, so that a row sums to {total:.6g}: {EXACT}"
     yield hard_weights, subtract
     yield hard, subtract + ", and then divides by the row's sum"
     yield by_column, "divided by the sums of the columns: each *row* sums to 1, axis=-1 with keepdims=True"
@@ -63,6 +75,8 @@ QUESTION = Question(
         {"what": "a row by hand", "p": [[0.5, 0.25, 0.15, 0.1]], "tau": 0.2},
         {"what": "rows of a matrix", "seed": 2, "shape": [4, 6], "std": 2.0, "tau": 0.1},
         {"what": "a row that loses every key", "p": [[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]], "tau": 0.3},
+        {"what": "a row of which little is left", "p": [[0.21, 0.2, 0.2, 0.2, 0.19]], "tau": 0.2},
+        {"what": "a stack of matrices", "seed": 3, "shape": [2, 3, 4], "tau": 0.2},
     ),
     prepare=prepare,
     probe=probe,

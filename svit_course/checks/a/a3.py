@@ -52,14 +52,16 @@ QUESTION = Question(
     cases=(
         {"what": "three queries, five keys", "seed": 3, "n": 3, "m": 5, "d": 4, "dv": 2, "tau": 0.1},
         {"what": "as many keys as queries", "seed": 4, "n": 6, "m": 6, "d": 8, "dv": 8, "tau": 0.05},
+        {"what": "two heads", "seed": 5, "lead": [2], "n": 4, "m": 6, "d": 3, "dv": 2, "tau": 0.1},
+        {"what": "a query that loses every key", "seed": 6, "n": 3, "m": 5, "d": 4, "dv": 2, "tau": 0.25, "flat": True},
     ),
     probe=probe,
     judge=judge,
     hints=(
         "You have softmax and cut already. What is left is the scores before and one matrix product after.",
         "scores [N, M] = q [N, D] times k transposed [D, M], over the square root of D.",
-        "attention = cut(softmax(q @ k.T / sqrt(d)), tau) @ v, with d = q.shape[-1]. Test it with other numbers of "
-        "queries than of keys.",
+        "attention = cut(softmax(q @ k.swapaxes(-1, -2) / np.sqrt(d)), tau) @ v, with d = q.shape[-1]. Test it with "
+        "other numbers of queries than of keys, and with heads in front.",
     ),
     section="chapter 1, sections 1.1 and 1.2",
 )

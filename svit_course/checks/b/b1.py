@@ -74,6 +74,8 @@ QUESTION = Question(
     cases=(
         TOY,
         {"what": "four queries, six keys", "seed": 1, "n": 4, "m": 6, "dv": 3, "tau": 0.1},
+        {"what": "two heads", "seed": 2, "lead": [2], "n": 3, "m": 5, "dv": 2, "tau": 0.1},
+        {"what": "a query that loses every key", "seed": 3, "n": 4, "m": 6, "dv": 3, "tau": 0.22, "flat": 1},
     ),
     probe=probe,
     judge=judge,

@@ -63,7 +63,12 @@ def judge(case: Case, seen: Seen) -> None:
 QUESTION = Question(
     name="b2",
     answers=("grad_scores",),
-    cases=(TOY, {"what": "five queries, seven keys", "seed": 2, "n": 5, "m": 7, "dv": 4, "tau": 0.1}),
+    cases=(
+        TOY,
+        {"what": "five queries, seven keys", "seed": 2, "n": 5, "m": 7, "dv": 4, "tau": 0.1},
+        {"what": "two heads", "seed": 5, "lead": [2], "n": 3, "m": 5, "dv": 2, "tau": 0.1},
+        {"what": "a query that loses every key", "seed": 6, "n": 4, "m": 6, "dv": 3, "tau": 0.22, "flat": 1},
+    ),
     prepare=prepare,
     probe=probe,
     judge=judge,

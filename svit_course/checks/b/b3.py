@@ -44,6 +44,15 @@ QUESTION = Question(
     cases=(
         {"what": "one image, two heads", "seed": 3, "b": 1, "n": 4, "m": 6, "dv": 3, "tau": [0.1, 0.05]},
         {"what": "one head with empty rows", "seed": 4, "b": 1, "n": 5, "m": 6, "dv": 3, "tau": [0.1, 0.2], "flat": 2},
+        {
+            "what": "two images, as many heads as keys",
+            "seed": 7,
+            "b": 2,
+            "n": 3,
+            "m": 4,
+            "dv": 2,
+            "tau": [0.02, 0.05, 0.1, 0.2],
+        },
     ),
     probe=probe,
     judge=judge,

@@ -263,6 +263,39 @@ QUESTION = Question(
     cases=(
         {"what": "one image, two heads", "seed": 5, "b": 1, "n": 4, "m": 6, "d": 4, "dv": 3, "tau": [0.1, 0.05]},
         {"what": "a batch of two", "seed": 6, "b": 2, "n": 5, "m": 7, "d": 3, "dv": 2, "tau": [0.1, 0.05, 0.12]},
+        {
+            "what": "a head with empty rows",
+            "seed": 7,
+            "b": 2,
+            "n": 4,
+            "m": 5,
+            "d": 3,
+            "dv": 3,
+            "tau": [0.1, 0.28],
+            "flat": 2,
+        },
+        {
+            "what": "in float32",
+            "seed": 8,
+            "b": 1,
+            "n": 5,
+            "m": 6,
+            "d": 4,
+            "dv": 3,
+            "tau": [0.1, 0.08],
+            "dtype": "float32",
+        },
+        {
+            "what": "an input overwritten after forward",
+            "seed": 9,
+            "b": 1,
+            "n": 3,
+            "m": 5,
+            "d": 3,
+            "dv": 2,
+            "tau": [0.1, 0.05],
+            "overwrite": True,
+        },
     ),
     probe=probe,
     judge=judge,
@@ -271,9 +304,9 @@ QUESTION = Question(
         "more products, from the scores to q and k. ctx.save_for_backward in one, ctx.saved_tensors in the other.",
         "scores = q k^T / sqrt(d), so dq = dS k / sqrt(d) and dk = dS^T q / sqrt(d). In an empty row the weights are p "
         "itself, so the gradient that arrives at p there is dO.v_j, and tau gets nothing.",
-        "Let g be b1's on rows with a survivor and dO.v_j on empty ones (torch.where). Then dS = p * (g - (p * g).sum) "
-        "holds for both. learnable_attention: tau = torch.sigmoid(logit), then ThresholdedAttention.apply(q, k, v, "
-        "tau).",
+        "Let g be b1's on rows with a survivor and dO.v_j on empty ones (torch.where). Then dS = p * (g - (p * "
+        "g).sum(dim=-1, keepdim=True)) holds for both. learnable_attention: tau = torch.sigmoid(logit), then "
+        "ThresholdedAttention.apply(q, k, v, tau).",
     ),
     section="chapter 1, section 1.7, and chapter 2, section 2.9",
 )

@@ -324,6 +324,9 @@ def judge_draws(case: Case, got: np.ndarray, expected: np.ndarray) -> None:
         )
 
 
+SMALL = {"b": 2, "n": 5, "dim": 8, "heads": 2, "tau": 0.15625}
+DROPPING = {**SMALL, "b": 1, "gain": 2.0, "training": True, "draws": 4000}
+
 QUESTION = Question(
     name="c1",
     answers=("ThresholdedAttention",),
@@ -360,6 +363,11 @@ QUESTION = Question(
             "tau": 0.125,
             "mask": "additive",
         },
+        {**SMALL, "what": "is_causal", "seed": 6, "mask": "causal"},
+        {**SMALL, "what": "a query that may look at nothing", "seed": 7, "mask": "blind"},
+        {**SMALL, "what": "a norm before the projection", "seed": 8, "options": {"scale_norm": True}},
+        {**DROPPING, "what": "dropout in training mode", "seed": 9, "options": {"attn_drop": 0.4}},
+        {**DROPPING, "what": "dropout after the projection", "seed": 10, "options": {"proj_drop": 0.5}},
     ),
     probe=probe,
     judge=judge,

@@ -131,6 +131,16 @@ QUESTION = Question(
     cases=(
         {"what": "a block that ends well", "model": "ViT", "seed": 1, "tau": 0.09375, "body": "nothing"},
         {"what": "a block that ends in an error", "model": "ViT", "seed": 2, "tau": 0.09375, "body": "an error"},
+        {
+            "what": "a block inside another",
+            "model": "ViT",
+            "seed": 3,
+            "tau": 0.09375,
+            "outer": 0.15625,
+            "body": "nothing",
+        },
+        {"what": "an interrupt", "model": "ViT", "seed": 4, "tau": 0.09375, "body": "an interrupt"},
+        {"what": "a training step inside the block", "model": "ViT", "seed": 5, "tau": 0.09375, "body": "step"},
     ),
     probe=probe,
     judge=judge,

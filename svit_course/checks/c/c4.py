@@ -181,6 +181,8 @@ QUESTION = Question(
     cases=(
         {"what": "a grid of 4 x 4", "model": "ViT", "seed": 1},
         {"what": "a wide picture, 4 x 6 patches", "model": "ViT", "seed": 2, "pixels": [32, 48]},
+        {"what": "a distilled DeiT, two prefix tokens", "model": "distilled", "seed": 3},
+        {"what": "normalised queries and keys", "model": "normalised", "seed": 4},
     ),
     probe=probe,
     judge=judge,

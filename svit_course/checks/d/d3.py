@@ -102,6 +102,7 @@ QUESTION = Question(
     cases=(
         {"what": "three seeds, 300 images", "data": 1, "seeds": 3, "n": 300},
         {"what": "five seeds, 120 images", "data": 2, "seeds": 5, "n": 120},
+        {"what": "a single seed", "data": 3, "seeds": 1, "n": 100},
     ),
     probe=probe,
     judge=judge,

@@ -284,9 +284,10 @@ QUESTION = Question(
         "gradient. token_grad_cam: leave out the prefix of both tensors first.",
         "The gradient is of one number: the logit of each picture's class, summed over the pictures. The weights alpha "
         "have the shape [B, 1, C]: a mean over dim=1, the patch tokens. The map sums over dim=-1.",
-        "kept = []; handle = layer.register_forward_hook(lambda module, args, out: kept.append(out)); run the model; "
-        "handle.remove(); score = model(x).gather(1, targets[:, None]).sum(). Then alpha = "
-        "gradient[:, prefix:].mean(dim=1, keepdim=True), and at the end .relu() and .unflatten(1, grid).",
+        "kept = []; handle = layer.register_forward_hook(lambda module, args, out: kept.append(out)); logits = "
+        "model(x); handle.remove(); score = logits.gather(1, targets[:, None]).sum(): of the run that kept[0] comes "
+        "from. Then alpha = gradient[:, prefix:].mean(dim=1, keepdim=True), and at the end .relu() and .unflatten(1, "
+        "grid).",
     ),
     section='chapter 5, section "Grad-CAM on tokens", with its two traps',
 )

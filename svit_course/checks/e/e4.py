@@ -147,6 +147,15 @@ QUESTION = Question(
             "tokens": 10,
             "flat": [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 4]],
         },
+        {
+            "what": "a class token and two registers",
+            "tau": 0.1,
+            "prefix": 3,
+            "seed": 8,
+            "batch": 2,
+            "heads": 2,
+            "tokens": 9,
+        },
     ),
     probe=probe,
     judge=judge,
@@ -154,8 +163,9 @@ QUESTION = Question(
         "drawn_through is the operator without its softmax: the rows are probabilities already.",
         "Subtract, clip at 0, divide by the row's sum; where that sum is 0 the row stays. attention_map: which comes "
         "first, the cut, the mean over heads, or leaving out the prefix? What does the operator see?",
-        "r = (weights - tau).relu(), z its row sum; torch.where(z > 0, r / z.clamp_min(1e-12), weights). Then "
-        "rows = weights[:, :, 0]; if tau is not None: rows = drawn_through(rows, tau); rows.mean(dim=1)[:, prefix:].",
+        "r = (weights - tau).relu(), z = r.sum(dim=-1, keepdim=True); torch.where(z > 0, r / z.clamp_min(1e-12), "
+        "weights). Then rows = weights[:, :, 0]; if tau is not None: rows = drawn_through(rows, tau); "
+        "rows.mean(dim=1)[:, prefix:].",
     ),
     section='chapter 8, section 8.5, and chapter 5, section "Attention per head, dense beside sparse"',
 )

@@ -106,6 +106,8 @@ QUESTION = Question(
             "taus": [[0, 0.05], [1, 0.1]],
             "training": True,
         },
+        {"what": "the last layer by its negative index", "seed": 4, "depth": 3, "images": 3, "taus": [[-1, 0.1]]},
+        {"what": "no layer named", "seed": 5, "depth": 2, "images": 3, "taus": []},
     ),
     probe=probe,
     judge=judge,

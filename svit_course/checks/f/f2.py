@@ -88,6 +88,7 @@ QUESTION = Question(
     cases=(
         {"what": "three layers, four taus", "seed": 4, "depth": 3, "images": 4, "taus": [0.0, 0.05, 0.1, 0.2]},
         {"what": "two layers, one tau", "seed": 5, "depth": 2, "images": 3, "taus": [0.1]},
+        {"what": "five layers, taus in no order", "seed": 6, "depth": 5, "images": 3, "taus": [0.15, 0.03, 0.08]},
     ),
     probe=probe,
     judge=judge,

@@ -4,6 +4,49 @@ from . import Planted, Unusual
 
 PLANTED = [
     Planted(
+        "no keepdims",
+        "a1",
+        "visible",
+        "A sum or a maximum has lost its axis: keepdims=True",
+        """
+def softmax(scores):
+    e = np.exp(scores - scores.max(axis=-1))
+    return e / e.sum(axis=-1)
+""",
+    ),
+    Planted(
+        "no keepdims in the sum",
+        "a1",
+        "visible",
+        "A sum or a maximum has lost its axis: keepdims=True",
+        """
+def softmax(scores):
+    e = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1)
+""",
+    ),
+    Planted(
+        "a small number added to the sum",
+        "a2",
+        "visible",
+        "1e-06 is added to the row's sum, so that a row sums to 0.9999: divide by the sum itself",
+        """
+def cut(p, tau):
+    r = np.maximum(p - tau, 0)
+    return r / (r.sum(axis=-1, keepdims=True) + 1e-6)
+""",
+    ),
+    Planted(
+        "k.T",
+        "a3",
+        "visible",
+        r"\.T turns all axes around",
+        """
+def attention(q, k, v, tau):
+    return cut(softmax(q @ k.T / np.sqrt(q.shape[-1])), tau) @ v
+""",
+    ),
+    Planted(
         "wrong axis",
         "a1",
         "visible",
@@ -41,7 +84,7 @@ def softmax(scores):
     Planted(
         "axis 1 instead of the last",
         "a1",
-        "hidden",
+        "visible",
         "runs over axis 1|of this shape",
         """
 def softmax(scores):
@@ -123,7 +166,7 @@ def attention(q, k, v, tau):
     Planted(
         "only two axes",
         "a3",
-        "hidden",
+        "visible",
         "of this shape",
         """
 def attention(q, k, v, tau):

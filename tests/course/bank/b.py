@@ -107,7 +107,7 @@ def grad_p_and_v(p, v, tau, d_out):
     Planted(
         "0/0 in an empty row",
         "b1",
-        "hidden",
+        "visible",
         "NaN in g: a row without survivors",
         """
 def grad_p_and_v(p, v, tau, d_out):
@@ -121,7 +121,7 @@ def grad_p_and_v(p, v, tau, d_out):
     Planted(
         "hard-coded shape: only two axes",
         "b1",
-        "hidden",
+        "visible",
         "written into the code",
         """
 def grad_p_and_v(p, v, tau, d_out):
@@ -297,7 +297,7 @@ def grad_tau(p, v, tau, d_out):
     Planted(
         "only the first image",
         "b3",
-        "hidden",
+        "visible",
         "only the first image",
         """
 right_b3 = grad_tau
@@ -444,21 +444,21 @@ def learnable_attention(q, k, v, logit):
     Planted(
         "empty rows counted in dtau",
         "b4",
-        "hidden",
+        "visible",
         "gradient of tau is right in the heads without empty rows",
         spoiled("kept = p > tau[:, None, None]", "kept = a > 0"),
     ),
     Planted(
         "an empty row gets no gradient",
         "b4",
-        "hidden",
+        "visible",
         "leaves out the empty rows",
         spoiled("g = torch.where(empty, along, g)", "g = g * 1"),
     ),
     Planted(
         "attributes instead of save_for_backward",
         "b4",
-        "hidden",
+        "visible",
         "was overwritten between forward and backward",
         spoiled("ctx.save_for_backward(q, k, v, tau, p, a, z)", "ctx.kept = (q, k, v, tau, p, a, z)").replace(
             "ctx.saved_tensors", "ctx.kept"
@@ -467,7 +467,7 @@ def learnable_attention(q, k, v, logit):
     Planted(
         "always float64",
         "b4",
-        "hidden",
+        "visible",
         "leave the dtype as it comes",
         spoiled("return a @ v\n", "return a.double() @ v.double()\n"),
     ),

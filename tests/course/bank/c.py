@@ -205,15 +205,15 @@ PLANTED = [
     Planted(
         "is_causal ignored",
         "c1",
-        "hidden",
+        "visible",
         "is_causal is ignored",
         _forward().replace("if is_causal:", "if False:"),
     ),
-    Planted("norm left out", "c1", "hidden", "self.norm is left out", _forward(proj="self.proj(out)")),
+    Planted("norm left out", "c1", "visible", "self.norm is left out", _forward(proj="self.proj(out)")),
     Planted(
         "dropout before the cut",
         "c1",
-        "hidden",
+        "visible",
         "dropout comes last",
         _forward(
             weights="p = self.attn_drop(scores.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0).softmax(-1)"
@@ -225,14 +225,14 @@ PLANTED = [
     Planted(
         "no dropout",
         "c1",
-        "hidden",
+        "visible",
         "attn_drop drops nothing",
         _forward(weights="weights = thresholded_softmax(scores, self.tau)"),
     ),
     Planted(
         "NaN for a query that sees nothing",
         "c1",
-        "hidden",
+        "visible",
         "softmax over -inf only",
         _forward(
             weights="p = scores.softmax(-1); "
@@ -475,7 +475,7 @@ def restore(model):
     Planted(
         "tau on the class",
         "c2",
-        "hidden",
+        "visible",
         "not the class's",
         """
 def convert(model, tau):
@@ -494,7 +494,7 @@ def convert(model, tau):
     Planted(
         "training mode lost",
         "c2",
-        "hidden",
+        "visible",
         "changes the training mode",
         """
 first = convert
@@ -509,7 +509,7 @@ def convert(model, tau):
     Planted(
         "a stranger is converted",
         "c2",
-        "hidden",
+        "visible",
         "a subclass of Attention that has a forward of its own",
         """
 def convert(model, tau):
@@ -608,7 +608,7 @@ def cut_for_a_while(model, tau):
     Planted(
         "dense after a block inside another",
         "c3",
-        "hidden",
+        "visible",
         "note at entry which modules were cut",
         """
 @contextmanager
@@ -623,7 +623,7 @@ def cut_for_a_while(model, tau):
     Planted(
         "an interrupt is no Exception",
         "c3",
-        "hidden",
+        "visible",
         "an interrupt is no Exception",
         """
 @contextmanager
@@ -648,7 +648,7 @@ def cut_for_a_while(model, tau):
     Planted(
         "weights put back as well",
         "c3",
-        "hidden",
+        "visible",
         "a training step inside the block is undone",
         """
 import copy
@@ -735,7 +735,7 @@ def class_attention_on_grid(model, x):
     Planted(
         "one prefix token left out of two",
         "c4",
-        "hidden",
+        "visible",
         "only one prefix token is left out",
         """
 def class_attention_on_grid(model, x):
@@ -825,7 +825,7 @@ def class_attention_on_grid(model, x):
     Planted(
         "one prefix token, from the front",
         "c4",
-        "hidden",
+        "visible",
         "only one prefix token is left out",
         """
 def class_attention_on_grid(model, x):
@@ -889,7 +889,7 @@ def class_attention_on_grid(model, x):
     Planted(
         "no qk_norm in the map",
         "c4",
-        "hidden",
+        "visible",
         "q_norm and k_norm are left out",
         """
 def class_attention_on_grid(model, x):

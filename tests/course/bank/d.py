@@ -185,7 +185,7 @@ def tau_at(step, tau, ramp):
         "full tau in force before test_images",
         "        if sparse:\n            sparsify(model, tau)\n",
         "",
-        by="hidden",
+        by="visible",
     ),
     _planted("sparse first", "wrong order: dense first", "answers[0], answers[1]", "answers[1], answers[0]"),
     _planted(
@@ -573,7 +573,7 @@ def interval_over_seeds(differences):
     Planted(
         "NaN for one seed",
         "d3",
-        "hidden",
+        "visible",
         "raise ValueError",
         """
 def interval_over_seeds(differences):

@@ -4,6 +4,22 @@ from . import Planted, Unusual
 
 PLANTED = [
     Planted(
+        "no keepdim",
+        "e1",
+        "visible",
+        "need keepdim=True, to line up with its rows",
+        """
+def rollout(attentions, prefix):
+    product = None
+    for weights in attentions:
+        fused = weights.mean(dim=1)
+        step = 0.5 * fused + 0.5 * torch.eye(fused.shape[-1])
+        step = step / step.sum(dim=-1)
+        product = step if product is None else step @ product
+    return product[:, 0, prefix:]
+""",
+    ),
+    Planted(
         "product in the wrong order",
         "e1",
         "visible",
@@ -50,7 +66,7 @@ def rollout(attentions, prefix):
     Planted(
         "one prefix token, always",
         "e1",
-        "hidden",
+        "visible",
         "you leave out 1: use `prefix`",
         """
 def rollout(attentions, prefix):
@@ -424,7 +440,7 @@ def attention_map(weights, prefix, tau=None):
     Planted(
         "one prefix token, always",
         "e4",
-        "hidden",
+        "visible",
         "you leave out 1",
         """
 def attention_map(weights, prefix, tau=None):

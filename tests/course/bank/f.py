@@ -146,7 +146,7 @@ def output_error(model, taus, images):
     Planted(
         "layers by range, so a negative index is lost",
         "f1",
-        "hidden",
+        "visible",
         "0 everywhere",
         """
 def output_error(model, taus, images):
@@ -173,7 +173,7 @@ def sensitivity(model, images, taus):
     Planted(
         "hard-coded, too few",
         "f2",
-        "hidden",
+        "visible",
         "3 rows and the model 5 layers",
         """
 def sensitivity(model, images, taus):
@@ -249,7 +249,7 @@ def sensitivity(model, images, taus):
     Planted(
         "taus sorted",
         "f2",
-        "hidden",
+        "visible",
         "columns are sorted by tau",
         """
 def sensitivity(model, images, taus):
@@ -390,7 +390,7 @@ def choose_thresholds(error_table, sparsity_table, taus, budget):
     Planted(
         "below the budget, not up to it",
         "f3",
-        "hidden",
+        "visible",
         "meets the budget exactly",
         """
 def choose_thresholds(error_table, sparsity_table, taus, budget):
@@ -403,7 +403,7 @@ def choose_thresholds(error_table, sparsity_table, taus, budget):
     Planted(
         "stops at the first error that is too large",
         "f3",
-        "hidden",
+        "visible",
         "can fall again at a larger tau",
         """
 def choose_thresholds(error_table, sparsity_table, taus, budget):
@@ -424,7 +424,7 @@ def choose_thresholds(error_table, sparsity_table, taus, budget):
     Planted(
         "something is returned where nothing holds",
         "f3",
-        "hidden",
+        "visible",
         "the budget is exceeded: no choice holds 0.25",
         """
 def choose_thresholds(error_table, sparsity_table, taus, budget):
@@ -560,7 +560,7 @@ def choose_and_report(validation, test, taus, budget):
     Planted(
         "hard-coded number of layers",
         "f4",
-        "hidden",
+        "visible",
         "written into the code",
         """
 def choose_and_report(validation, test, taus, budget):
