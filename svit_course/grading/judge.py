@@ -20,6 +20,18 @@ LEFT_OUT = "…"
 _NUMBERS = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b", re.IGNORECASE)
 
 
+# What is left of a comparison without its numbers, and what says more.
+_SAYS_NOTHING = {
+    rf"^(.+) is {LEFT_OUT}(?: at \[?{LEFT_OUT}.*?)? and should be {LEFT_OUT}$": (
+        r"\1 is not what it should be on this input, and no usual mistake explains it: make such an input, and compare "
+        "with the formula step by step"
+    ),
+    rf"^(.+) has shape .*, expected .*{LEFT_OUT}.*$": (
+        r"\1 has another shape than the question asks for: is a number in the code that it could read from its input?"
+    ),
+}
+
+
 def prepare(_setup: dict[str, Any]) -> Judge:
     """Load every assignment's checks."""
     for assignment in ASSIGNMENTS:
@@ -93,7 +105,12 @@ def ours(text: str, seen: Any, name: str) -> str:
     for said in sorted(set(_texts(seen)), key=len, reverse=True):
         for form in (said, repr(said)[1:-1]):
             rest = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", LEFT_OUT, rest) if form.strip() else rest
-    rest = _NUMBERS.sub(LEFT_OUT, rest)
+    stripped = _NUMBERS.sub(LEFT_OUT, rest)
+    if not re.search(r"[^\W\d_]", stripped):  # a probe's sentence, which came back with what was seen
+        stripped = unquoted(text.partition(": ")[2], name)
+    for pattern, instead in _SAYS_NOTHING.items():
+        stripped = re.sub(pattern, instead, stripped)
+    rest = stripped
     return begin + colon + re.sub(rf"{LEFT_OUT}(?:\W{{0,4}}{LEFT_OUT})+", LEFT_OUT, rest)
 
 

@@ -416,7 +416,10 @@ def test_a_hidden_case_does_not_come_back(graded_by: Grader, tmp_path: Path, lea
 def test_our_sentences_stay_without_what_was_chosen() -> None:
     seen = {"out": "q7", "names": ["blocks.0.attn", "(evil)"], "k": np.zeros(3)}
     text = "c1, twelve 12: converted names blocks.0.attn, (evil); q7 is 0.25 at [3, 4] and should be -1e-05"
-    assert ours(text, seen, "c1") == "c1, twelve 12: converted names … is … at […] and should be …"
+    assert ours(text, seen, "c1") == (
+        "c1, twelve 12: converted names … is not what it should be on this input, and no usual mistake explains it: make "
+        "such an input, and compare with the formula step by step"
+    )
     fixed = "a1, rows: the columns sum to 1, not the rows: the softmax runs over the last axis, axis=-1"
     assert ours(fixed, {"weights": "columns rows"}, "a1") == fixed
     described = "it fails on inputs of this shape (ValueError: secret). Is a shape, or a number of tokens, written into the code?"

@@ -133,7 +133,14 @@ def mask_mistakes(case: Case) -> Iterator[Mistake]:
     """The mask is ignored, or read in another way."""
     given = masks(case)
     if given.get("is_causal"):
-        upper = {"attn_mask": torch.ones(case["n"], case["n"], dtype=torch.bool).triu()}
+        ones = torch.ones(case["n"], case["n"], dtype=torch.bool)
+        itself = (
+            "is_causal: query i may look at key i itself, too; what you forbid holds the diagonal: triu(1), not triu()"
+        )
+        yield output(case, {"attn_mask": ones.tril(-1)}), itself
+        wide = "is_causal: query i sees key i + 1: what you allow is one diagonal too wide, tril() will do"
+        yield output(case, {"attn_mask": ones.tril(1)}), wide
+        upper = {"attn_mask": ones.triu()}
         yield output(case, {}), "is_causal is ignored: with it, query i may look at keys 0 to i only"
         yield output(case, upper), "is_causal the wrong way round: query i sees keys 0 to i, not i to N-1"
     elif given:
@@ -292,7 +299,7 @@ def judge(case: Case, seen: Seen) -> None:
         return
     blind = "NaN: a query whose keys are all forbidden is a softmax over -inf only. Such a query gives 0"
     empty = "NaN: a row that loses every key is 0/0. Such a row keeps its plain softmax"
-    no_nan(got, expected, blind if case.get("mask") == "blind" else empty)
+    no_nan(got, expected, blind if case.get("mask") in ("blind", "causal") else empty)
     if not close(got, array(seen, "second", "the output")):
         raise Wrong(
             "two calls in eval mode differ: dropout is at work. Only where self.training: self.attn_drop does that"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -117,6 +118,10 @@ def layout_mistakes(row: np.ndarray, p: int, h: int, w: int, lay: Lay) -> Iterat
         right / right.sum(axis=(-1, -2), keepdims=True),
         "divided by the sum: leave the weights as they are, what goes to the prefix tokens is missing in the map",
     )
+    side = math.isqrt(h * w)
+    if side * side == h * w:
+        square = f"the grid is taken for a square, {side} x {side}: it is {h} x {w}, model.patch_embed.grid_size"
+        yield patches.reshape(*patches.shape[:2], side, side), square
     turned = patches.reshape(*patches.shape[:2], w, h)
     yield turned, f"the grid is h x w = {h} x {w}, and the map {w} x {h}"
     yield turned.swapaxes(-1, -2), "the patches lie row by row: reshape to (h, w), without a transpose"
