@@ -48,7 +48,7 @@ default_role = "py:obj"
 nitpick_ignore_regex = [
     ("py:.*", rf"({OTHERS})(\..*)?"),
     ("py:obj", ".*"),
-    ("py:class", r"svit_utils\.show\.explorers?\..*|.*\[.*"),
+    ("py:class", r"svit_utils\.show\.explorers?\..*|.*\[.*|svit_utils\.exclusive\.F"),  # F is a type variable
 ]
 
 repository, place = links.repository(os.environ.get("SVIT_REPOSITORY")), links.stamped()
