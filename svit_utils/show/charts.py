@@ -155,7 +155,7 @@ def training_curves(runs: Mapping[str, pd.DataFrame], columns: Sequence[str] = (
 def forest(intervals: Mapping[str, Any], *, xlabel: str, title: str = "", scale: float = 100) -> Figure:
     """A line per interval, from `low` to `high` with a mark at `mean`, and 0 drawn across.
 
-    An interval that contains 0 is a blue dot, one that excludes it an orange diamond.
+    An interval that contains 0 is a blue dot, one that excludes it an orange diamond; a key under the plot says so.
 
     Args:
         intervals: label -> anything with `mean`, `low` and `high`, such as an `Interval`; ValueError if there is none.
@@ -164,20 +164,20 @@ def forest(intervals: Mapping[str, Any], *, xlabel: str, title: str = "", scale:
     """
     if not intervals:
         raise ValueError("a forest plot needs at least one interval, got none")
-    spoken = []
-    with styled_figure(7.0, 1.2 + 0.32 * len(intervals)) as figure:
+    spoken, key = [], {}
+    with styled_figure(7.0, 1.8 + 0.32 * len(intervals)) as figure:
         axis = figure.subplots()
         for row, (label, interval) in enumerate(intervals.items()):
             mean, low, high = (scale * value for value in (interval.mean, interval.low, interval.high))
-            colour, marker = (COLOURS["vermilion"], "D") if low > 0 or high < 0 else (COLOURS["blue"], "o")
-            axis.plot([low, high], [row, row], color=colour, linewidth=2)
-            axis.plot(mean, row, marker, color=colour)
+            hue, mark, says = ("vermilion", "D", "excludes 0") if low > 0 or high < 0 else ("blue", "o", "contains 0")
+            axis.plot([low, high], [row, row], color=COLOURS[hue], linewidth=2)
+            (key[says],) = axis.plot(mean, row, mark, color=COLOURS[hue])
             spoken.append(f"{label} {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
         axis.axvline(0, color="#444444", linewidth=1)
         axis.set_yticks(range(len(intervals)), list(intervals))
         axis.invert_yaxis()
-        axis.set_xlabel(xlabel)
-        figure.suptitle(title, fontsize=11)  # over labels and axes: there it has room
+        figure.suptitle(title, fontsize=11)  # over labels and axes, as xlabel is below both: there they have room
+        figure.legend(key.values(), key.keys(), title=xlabel, title_fontsize=10, loc="outside lower center", ncols=2)
     return with_alt(figure, f"Intervals around a line at zero, {xlabel}: {'; '.join(spoken)}.")
 
 

@@ -90,7 +90,7 @@ def test_every_figure_has_a_text_labels_and_an_opaque_light_background():
         assert corner[3] == 255 and min(corner[:3]) > 240, name
         for axes in figure.axes:
             if len(axes.get_xticks()) and not axes.images and name not in ("grid", "grid beside", "rows", "beside"):
-                assert axes.get_xlabel() or axes.get_ylabel(), name
+                assert axes.get_xlabel() or axes.get_ylabel() or figure.legends[0].get_title().get_text(), name
 
 
 def test_card_is_said_to_be_the_cards_and_ours_not_tested_until_it_is():
@@ -159,6 +159,7 @@ def test_forest_marks_the_intervals_that_exclude_zero():
     assert [bar.get_color() for bar in bars] == [COLOURS["vermilion"], COLOURS["blue"]]
     assert "seed 0 -5.0 [-8.0, -2.0]; pooled -5.0 [-12.0, +2.0]" in show.alt_of(figure)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(INTERVALS)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["excludes 0", "contains 0"]
     with pytest.raises(ValueError, match="at least one interval"):
         show.forest({}, xlabel="difference")
 
@@ -197,6 +198,19 @@ def test_comparison_forest_asks_for_its_columns():
         show.comparison_forest(COMPARISONS.drop(columns="result"), xlabel="difference")
     with pytest.raises(ValueError, match="at least one comparison"):
         show.comparison_forest(COMPARISONS[:0], xlabel="difference")
+
+
+def test_forest_has_room_for_long_labels():
+    """Long names on the left leave the axes narrow; the words below are still inside the picture."""
+    long = {f"{name}: class attention minus the dense model's, drawn cut": i for name, i in INTERVALS.items()}
+    figure = show.forest(long, xlabel="sparse minus the other, IoU at the mask's area (hundredths), wider interval")
+    figure.draw_without_rendering()
+    bounds = figure.get_window_extent()
+    (key,) = figure.legends
+    assert key.get_title().get_text().startswith("sparse minus the other")
+    for text in (key.get_title(), *figure.axes[0].get_yticklabels(), *key.get_texts()):
+        box = text.get_window_extent()
+        assert box.x0 >= bounds.x0 and box.x1 <= bounds.x1 and box.y0 >= bounds.y0, text.get_text()
 
 
 def test_overlay_colours_follow_the_map():

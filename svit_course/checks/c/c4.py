@@ -199,5 +199,5 @@ QUESTION = Question(
         "weights[:, :, 0, model.num_prefix_tokens:].unflatten(-1, model.patch_embed.grid_size). Remove the hook in "
         "`finally`.",
     ),
-    section="chapter 2, sections 2.6 and 2.10, and chapter 5, the section on tokens and the grid",
+    section="chapter 2, sections 2.6 and 2.10, and chapter 5, section 5.2",
 )

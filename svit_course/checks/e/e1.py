@@ -138,5 +138,5 @@ QUESTION = Question(
         "In the loop: step = step / step.sum(dim=-1, keepdim=True), then product = step if product is None else "
         "step @ product. At the end product[:, 0, prefix:].",
     ),
-    section='chapter 5, sections "Attention rollout, derived" and "Known mistakes"',
+    section="chapter 5, section 5.4, with its known mistakes",
 )

@@ -289,5 +289,5 @@ QUESTION = Question(
         "from. Then alpha = gradient[:, prefix:].mean(dim=1, keepdim=True), and at the end .relu() and .unflatten(1, "
         "grid).",
     ),
-    section='chapter 5, section "Grad-CAM on tokens", with its two traps',
+    section="chapter 5, section 5.5, with its two traps",
 )

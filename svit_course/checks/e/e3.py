@@ -175,5 +175,5 @@ QUESTION = Question(
         "(positive * inside).sum(1) / positive.sum(1). Pointing: top = values == values.amax(dim=1, keepdim=True), "
         "(top & inside).sum(1) / top.sum(1).",
     ),
-    section='chapter 5, section "Scoring maps against the mask", and chapter 8, section 8.4',
+    section="chapter 5, section 5.6, and chapter 8, section 8.4",
 )

@@ -167,5 +167,5 @@ QUESTION = Question(
         "weights). Then rows = weights[:, :, 0]; if tau is not None: rows = drawn_through(rows, tau); "
         "rows.mean(dim=1)[:, prefix:].",
     ),
-    section='chapter 8, section 8.5, and chapter 5, section "Attention per head, dense beside sparse"',
+    section="chapter 8, section 8.5, and chapter 5, section 5.3",
 )
