@@ -118,9 +118,11 @@ def test_attention_rows_and_targets(tmp_path, monkeypatch):
     measure.write("attention", rows, tmp_path)
     measure.write("accuracy", accuracy.rows(QUICK), tmp_path)
     step = {"model": "vit_base_patch16_224", "img_size": 224, "what": "training step", "device_type": "cpu"}
-    measure.write("vit", [{**step, "variant": "sparse", "ratio_to_dense": 1.25}], tmp_path)
+    ratios = {"dense": 1.0, "sparse": 1.05, "sparse, untrained": 1.25}  # the worst of all rows is what counts
+    measure.write("vit", [{**step, "variant": v, "ratio_to_dense": r} for v, r in ratios.items()], tmp_path)
     found = {row["target"]: row for row in targets.rows(tmp_path)}
-    assert found["ViT-Base training step at 224 px / dense, CPU"]["met"] == "no"
+    whole = found["ViT-Base training step at 224 px / dense, CPU"]
+    assert (whole["met"], whole["worst"], whole["where"]) == ("no", 1.25, "sparse, untrained")
     assert found["GPU forward / SDPA, N <= 577"]["met"] == "not measured"
     forward = found["CPU forward / SDPA, one thread"]
     ratios = [r["ratio_to_sdpa"] for r in rows if (r["n"], r["variant"], r["direction"]) == (197, "tiled", "forward")]

@@ -23,20 +23,12 @@ from tools.pages import Counts
 # teaching cells over 15 lines, checks over 8, constant prints, exercises without an answer, code lines over 88, words
 LIMITS = {
     "01_attention_theory": Counts(0, 0, 0, 0, 0, 3248),
-<<<<<<< HEAD
     "02_implementing_sparse_attention": Counts(0, 0, 0, 0, 0, 2674),
     "03_fine_tuning": Counts(0, 0, 0, 0, 0, 2603),
-    "04_baseline_comparison": Counts(0, 0, 0, 0, 0, 2969),
-    "05_interpretability": Counts(0, 0, 0, 0, 0, 2834),
-    "06_what_it_costs": Counts(0, 0, 0, 0, 0, 1888),
-    "07_thresholds_that_earn_their_place": Counts(0, 0, 0, 0, 0, 2150),
-=======
-    "02_implementing_sparse_attention": Counts(0, 0, 0, 0, 0, 2679),
-    "03_fine_tuning": Counts(0, 0, 0, 0, 0, 2605),
     "04_baseline_comparison": Counts(0, 0, 0, 0, 0, 2957),
     "05_interpretability": Counts(0, 0, 0, 0, 0, 2832),
     "06_what_it_costs": Counts(0, 0, 0, 0, 0, 1882),
->>>>>>> 665f366 (Chapters 4 and 5 as first readers asked: silent and attended patches apart, one rule of decision with Holm, no equality without a margin; forest plots have a key)
+    "07_thresholds_that_earn_their_place": Counts(0, 0, 0, 0, 0, 2150),
     "08_the_referee": Counts(0, 0, 0, 0, 0, 2991),
     "09_the_study": Counts(0, 0, 0, 0, 0, 2660),
     "10_a_verdict_on_the_card": Counts(0, 0, 0, 0, 0, 2545),

@@ -25,8 +25,8 @@ def drawn(n: int, m: int, seed: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_forward_and_backward(tau: float, rows: int) -> None:
     names = {"torch": torch}
-    forward = extract_function(CHAPTER, "tiled_forward", names, needs=["cut_rows"])
-    backward = extract_function(CHAPTER, "tiled_backward", names, needs=["cut_rows", "backward_tile"])
+    forward = extract_function(CHAPTER, "tiled_forward", names, needs=["cut_or_keep"])
+    backward = extract_function(CHAPTER, "tiled_backward", names, needs=["cut_or_keep", "backward_tile"])
     q, k, v = (x.requires_grad_() for x in drawn(33, 33, seed=0))
     t = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
     out = thresholded_attention(q[None], k[None], v[None], t, backend="tiled")[0]
