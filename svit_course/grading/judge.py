@@ -6,6 +6,7 @@ In a sandbox because a notebook can be made to cost gigabytes and an array to co
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -17,6 +18,8 @@ from svit_course.question import ASSIGNMENTS, decide, prepared
 from svit_course.sandbox import wire
 
 LEFT_OUT = "…"
+STOPS, NOT_ASKED = "it stops with an error", "the answer returned something that the question does not ask for"
+MOST, LONGEST = 200, 1000  # texts that an answer returns; characters of a message
 _NUMBERS = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b", re.IGNORECASE)
 
 
@@ -101,8 +104,11 @@ def ours(text: str, seen: Any, name: str) -> str:
     begin, colon, rest = text.partition(": ")
     if rest in _written(name[0]):
         return text
-    rest = re.sub(r"(?<=does not ask for) \(.*", "", rest, flags=re.DOTALL)
-    for said in sorted(set(_texts(seen)), key=len, reverse=True):
+    rest = re.sub(r"(?<=does not ask for) \(.*", "", rest[:LONGEST], flags=re.DOTALL)
+    texts = set(itertools.islice(_texts(seen), MOST + 1))
+    if len(texts) > MOST:  # no answer has so many; to look for each takes long
+        return f"{begin}: {NOT_ASKED}"
+    for said in sorted(texts, key=len, reverse=True):
         for form in (said, repr(said)[1:-1]):
             rest = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", LEFT_OUT, rest) if form.strip() else rest
     stripped = _NUMBERS.sub(LEFT_OUT, rest)
@@ -138,12 +144,14 @@ def _texts(value: Any) -> Iterator[str]:
 
 def unquoted(text: str, name: str) -> str:
     """What a probe said on a hidden case, if it is one of the probes' own sentences, without what they quote."""
+    if len(text) > LONGEST:
+        return STOPS
     for sentence in _sentences(name[0]):
         answers = question(name).answers
         if found := re.fullmatch("(.*?)".join(map(re.escape, sentence)), text, flags=re.DOTALL):
             filled = [said if said in (*answers, " or ".join(answers)) else LEFT_OUT for said in found.groups()]
             return "".join(piece + said for piece, said in zip(sentence, [*filled, ""], strict=True))
-    return "it stops with an error"
+    return STOPS
 
 
 @cache

@@ -6,6 +6,7 @@ What is marked by hand is listed in ``by_hand.csv``: fill in its columns ``marks
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ BY_HAND = ("student", "assignment", "question", "marks", "out_of", "comment")
 TOTALS = ("student", "assignment", "by_tests", "by_hand", "total", "out_of", "flags", "note")
 MESSAGE = 2000  # characters of a message
 NOTES = 20  # of a submission
+_FORMULA = re.compile(r"'*[=+\-@]")  # what a spreadsheet computes, or what was already kept from it
 # by_hand.csv by student, assignment and question
 Hand = dict[tuple[str, str, str], dict[str, str]]
 
@@ -199,12 +201,12 @@ def _harmless(text: str) -> str:
     """A cell of sane length that a spreadsheet does not take for a formula, without control characters."""
     text = " ".join(writable(text).split())
     text = f"{text[:MESSAGE]} …" if len(text) > MESSAGE else text
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _honest(text: str) -> str:
     """What `_harmless` was given, as far as names and comments go."""
-    return text[1:] if text[:2] in ("'=", "'+", "'-", "'@") else text
+    return text[1:] if text[:1] == "'" and _FORMULA.match(text) else text
 
 
 def writable(text: str) -> str:

@@ -23,8 +23,16 @@ from svit_course.sandbox.sandbox import Ended, Limits, Sandbox
 
 ENDS = ("time", "memory", "processes", "files", "crash")  # statuses that have ended a process
 TESTS = ("visible", "hidden")
-JUDGING = 120.0  # seconds of processor time
-PICTURE = 4 * 2**20  # bytes
+JUDGING = 120.0  # seconds of processor time, of all that a submission returns
+PICTURE, PICTURES = 4 * 2**20, 3  # bytes of a figure; figures of a question
+# Of a hidden case, in place of what the submission had to do with: an exit status, or how far it went.
+HIDDEN_END = {
+    "time": "it takes too long",
+    "memory": "it takes too much memory",
+    "processes": "it starts too many processes",
+    "files": "it writes too many files",
+    "crash": "the process ended",
+}
 
 
 @dataclass(frozen=True)
@@ -74,16 +82,26 @@ class Judge:
     def __exit__(self, *_: object) -> None:
         self._sandbox.close()
 
-    def ask(self, message: dict[str, Any], data: bytes = b"") -> tuple[dict[str, Any], bytes]:
+    def ask(
+        self, message: dict[str, Any], data: bytes = b"", spent: dict[str, float] | None = None
+    ) -> tuple[dict[str, Any], bytes]:
         """See `svit_course.grading.judge`.
+
+        Args:
+            spent: the seconds that a submission has had of it: read and added to.
 
         Raises:
             Ended: what was handed to it is more than it can bear.
         """
+        spent = {} if spent is None else spent
         with self._turn:
             if not self._sandbox.running:
                 self._sandbox.start()
-            return self._sandbox.ask(message, data, JUDGING)
+            begun = self._sandbox.used()
+            try:
+                return self._sandbox.ask(message, data, max(1.0, JUDGING - spent.get("judging", 0.0)))
+            finally:
+                spent["judging"] = spent.get("judging", 0.0) + self._sandbox.used() - begun
 
 
 def grade(
@@ -167,6 +185,8 @@ class Run:
         self.failed: dict[str, tuple[str, str]] = {}  # a cell, or the question that it answers: status and message
         self.done: set[int] = set()  # plots that were drawn
         self.quoting = quoting  # until the first hidden case
+        self.fresh = False  # nothing was asked since the cells were run
+        self.spent: dict[str, float] = {}
         for cell in cells:
             if refused := cell["refused"]:
                 self._note(cell, "refused" if cell["part"] == "answer" else "not run", refused)
@@ -206,7 +226,7 @@ class Run:
             place = {"question": about.name, "hidden": hidden, "number": number, "quiet": hidden or not self.quoting}
             try:
                 _, sent = self._judge.ask({"prepare": "", **place})
-                self.quoting = self.quoting and not hidden
+                self.quoting, self.fresh = self.quoting and not hidden, False
                 left = self.bounds.seconds - (sandbox.used() - begun)
                 asked = {"question": about.name, "answers": about.answers}
                 answer, seen = sandbox.ask(asked, sent, max(0.1, left))
@@ -215,7 +235,7 @@ class Run:
                 sentence = ended.message
                 if ended.status == "time" and not ended.by_clock:  # of all cases, not of what was left for this one
                     sentence = f"stopped after {self.bounds.seconds:g} seconds: an endless loop, or far too slow?"
-                return ended.status, what + sentence
+                return ended.status, what + (HIDDEN_END[ended.status] if place["quiet"] else sentence)
             if missing := answer.get("missing"):
                 return self._missing(about, [name for name in about.answers if name in missing], answer, said)
             if self.quoting:
@@ -229,8 +249,8 @@ class Run:
         said = answer.get("wrong") or answer.get("error")
         try:
             if said and place["quiet"]:
-                return str(self._judge.ask({"raised": said, **place})[0].get("wrong", "it stops"))
-            return said or str(self._judge.ask(place, seen)[0].get("wrong", ""))
+                return str(self._judge.ask({"raised": said, **place}, spent=self.spent)[0].get("wrong", "it stops"))
+            return said or str(self._judge.ask(place, seen, self.spent)[0].get("wrong", ""))
         except Ended as ended:
             self.graded.slow |= ended.by_clock
             return f"what it returns cannot be judged: {ended.message}"
@@ -251,9 +271,13 @@ class Run:
     def _ready(self) -> Sandbox:
         """The sandbox with the cells run; cells that ended a process are left out from then on.
 
+        A test that has left little room to others, or something that runs, is followed by a fresh process.
+
         Raises:
             Ended: the submission's time is up.
         """
+        if self.sandbox.running and not self.fresh and self.sandbox.crowded():
+            self.sandbox.stop()
         while not self.sandbox.running:
             if over := self.sandbox.over():
                 raise Ended("time", over)
@@ -262,7 +286,11 @@ class Run:
         return self.sandbox
 
     def _run_cells(self) -> None:
-        """Run the cells one after the other, until one of them ends the process."""
+        """Run the cells one after the other, until one of them ends the process.
+
+        No answer is called in a process that has drawn plots: they may use the library.
+        """
+        drawn = len(self.done)
         for number, cell in enumerate(self.cells):
             if self.failed.get(str(number), ("",))[0] not in ("", "wrong") or number in self.done:
                 continue
@@ -276,13 +304,24 @@ class Run:
                 self.graded.slow |= ended.by_clock
                 self._note(cell, ended.status, ended.message)
                 return
+            if self.sandbox.full():
+                self._note(cell, "files", f"it wrote so much that of {self.bounds.files >> 20} MiB nothing is left")
+                self.sandbox.stop()
             if problem := answer.get("error") or answer.get("wrong"):
                 self._note(cell, "wrong", problem)
             if plot and self.quoting:
-                self.graded.pictures.setdefault(cell["id"], []).extend(pngs(data))
+                kept = self.graded.pictures.setdefault(cell["id"], [])
+                kept += list(pngs(data))[: PICTURES - len(kept)]
                 self.graded.printed[cell["id"]] = str(answer.get("printed", ""))
             if plot:
                 self.done.add(number)
+            if not self.sandbox.running:
+                return
+        if len(self.done) > drawn:
+            self.sandbox.stop()
+        else:
+            self.sandbox.settle()
+            self.fresh = True
 
     def _note(self, cell: dict[str, str], status: str, message: str) -> None:
         """Remember the first failure of a cell; of cells without a test it becomes a note for the student."""
@@ -300,7 +339,7 @@ class Run:
 
 def pngs(data: bytes) -> Iterator[bytes]:
     """The pictures that the sandbox drew, three at most. It may have sent anything: only PNG files of sane size."""
-    for line in data.split(b"\n", 3)[:3]:
+    for line in data.split(b"\n", PICTURES)[:PICTURES]:
         try:
             picture = base64.b64decode(line, validate=True)
         except ValueError:

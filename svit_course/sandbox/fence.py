@@ -23,6 +23,7 @@ from pathlib import Path
 SYSTEM = "/usr/lib /usr/lib64 /usr/local/lib /lib /lib64 /nix/store /usr/share/fonts /usr/share/zoneinfo"
 SYSTEM += " /etc/fonts /etc/ld.so.cache /etc/localtime"
 TMP = Path("/tmp")
+FONTS = "matplotlib"  # in there, shown read-only: its list of fonts, which takes seconds to make
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 ALONE = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 # Memory that no process's own count shows, doors to other processes, and corners of the kernel that nobody needs here.
@@ -34,6 +35,7 @@ inotify_init1 init_module finit_module kexec_load swapon acct syslog pkey_alloc 
 FIRST_UID = 0x7000_0000  # where the grader is root: beyond the users and the containers that systemd knows
 FILE = 64 * 2**20  # bytes of one file
 OPEN = 128  # files that a process may have open
+ADDRESSES = 16  # times its memory: tables of pages that are only read count nowhere, and grow with the addresses
 
 
 class NoSandbox(RuntimeError):
@@ -96,11 +98,11 @@ def mounts(read: Iterable[Path], hide: Iterable[Path], size: int) -> list[str]:
     for device in DEVICES:
         options += ["--dev-bind", device, device]
     options += ["--proc", "/proc", "--symlink", str(TMP), "/dev/shm"]
-    import matplotlib  # its list of fonts, which takes seconds to make
+    import matplotlib
 
     for fonts in Path(matplotlib.get_cachedir()).glob("fontlist-*.json"):
-        options += ["--perms", "1777", "--dir", f"{TMP}/matplotlib"]
-        options += ["--ro-bind", str(fonts), f"{TMP}/matplotlib/{fonts.name}"]
+        options += ["--perms", "1777", "--dir", f"{TMP}/{FONTS}"]
+        options += ["--ro-bind", str(fonts), f"{TMP}/{FONTS}/{fonts.name}"]
     for path in sorted(empty - {TMP}, key=lambda p: -len(p.parts)):
         options += ["--remount-ro", str(path)]
     return [*options, "--remount-ro", "/", "--chdir", str(TMP), *ALONE, "--die-with-parent", "--new-session"]
@@ -159,8 +161,8 @@ def restrict(*, memory: int, tasks: int, fenced: bool) -> None:
 
     wanted = [("RLIMIT_FSIZE", FILE), ("RLIMIT_NOFILE", OPEN), ("RLIMIT_CORE", 0)]
     with contextlib.suppress(OSError, AttributeError), open("/proc/self/statm", "rb") as file:
-        now = int(file.read().split()[5]) * resource.getpagesize()
-        wanted.append(("RLIMIT_DATA", now + memory))
+        pages = [int(number) * resource.getpagesize() for number in file.read().split()]
+        wanted += [("RLIMIT_DATA", pages[5] + memory), ("RLIMIT_AS", pages[0] + ADDRESSES * memory)]
     # Before Linux 5.14 all processes of a user count, also those outside of the namespace.
     if fenced and [int(n) for n in re.findall(r"\d+", os.uname().release)[:2]] >= [5, 14]:
         wanted.append(("RLIMIT_NPROC", tasks))

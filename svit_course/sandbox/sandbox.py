@@ -75,6 +75,7 @@ class Sandbox:
         self._control: socket.socket | None = None
         self._channel: socket.socket | None = None
         self._own: set[int] = set()
+        self._settled: tuple[int, ...] = (0,) * 5
         self._idled = 0.0
         self._carried = self._loaded = 0.0  # processor time of processes that are gone; and of loading
 
@@ -174,8 +175,9 @@ class Sandbox:
             self._end("memory", f"stopped at {self.bounds.memory / 2**30:.2g} GiB of memory: {what}")
         return answer, found
 
-    def _take(self, outgoing: bytes, seconds: float, patience: float) -> tuple[dict[str, Any], bytes]:
+    def _take(self, message: bytes, seconds: float, patience: float) -> tuple[dict[str, Any], bytes]:
         channel, control, got, needed = self._channel, self._control, bytearray(), 1
+        outgoing = memoryview(message)
         assert channel is not None and control is not None
         began = looked = time.monotonic()
         begun, held_up, idle = self.used(), self._held_up(), 0.0
@@ -183,7 +185,7 @@ class Sandbox:
             readable, writable, _ = select.select([channel, control], [channel] if outgoing else [], [], _TICK)
             try:
                 if writable:
-                    outgoing = outgoing[channel.send(outgoing[: 2**20]) :]
+                    outgoing = outgoing[channel.send(outgoing[: 2**20]) :]  # a view: nothing is copied
                 if channel in readable:
                     part = channel.recv(2**16)
                     got += part
@@ -248,6 +250,39 @@ class Sandbox:
             return f"the whole submission took more than {self.bounds.total:g} seconds"
         return ""
 
+    def full(self) -> bool:
+        """Whether less than a quarter is left of the bytes that it may write."""
+        place = self._folder()
+        return place is not None and 4 * place.f_bavail < place.f_blocks
+
+    def settle(self) -> None:
+        """Remember what is in use now, for `crowded`."""
+        self._settled = self._in_use()
+
+    def crowded(self) -> bool:
+        """Whether more threads run than when it settled, or half of what was left then is used up."""
+        most = (0, self.bounds.memory, fence.OPEN, self.bounds.files, self.bounds.names)
+        then = self._settled
+        return any(2 * (n - t) > max(0, m - t) for m, t, n in zip(most, then, self._in_use(), strict=True))
+
+    def _in_use(self) -> tuple[int, ...]:
+        """Threads of all processes, bytes of memory, open files, bytes and names in its folder."""
+        members, place = [member for member in self._family() if member.pid not in self._own], self._folder()
+        return (
+            sum(self._each(psutil.Process.num_threads, members)),
+            sum(each.rss for each in self._each(psutil.Process.memory_info, members)),
+            sum(self._each(psutil.Process.num_fds, members)) if hasattr(psutil.Process, "num_fds") else 0,
+            (place.f_blocks - place.f_bfree) * place.f_frsize if place else 0,
+            place.f_files - place.f_ffree if place else 0,
+        )
+
+    def _folder(self) -> os.statvfs_result | None:
+        """What its folder for files holds; None without a sandbox."""
+        for member in () if self.trusted else reversed(self._family()):
+            with contextlib.suppress(OSError):
+                return os.statvfs(f"/proc/{member.pid}/root{fence.TMP}")
+        return None
+
     def _watch(self) -> None:
         """End it where it is past a limit."""
         members = [member for member in self._family() if member.pid not in self._own]
@@ -257,27 +292,25 @@ class Sandbox:
             self._end("memory", f"stopped at {self.bounds.memory / 2**30:.2g} GiB of memory")
         if len(members) > self.bounds.processes:
             self._end("processes", f"stopped at {self.bounds.processes} processes")
-        if not self.trusted and members:
-            with contextlib.suppress(OSError):
-                place = os.statvfs(f"/proc/{members[0].pid}/root/tmp")
-                if place.f_files - place.f_ffree > self.bounds.names:
-                    self.close()  # with the folder, which would end the next one, too
-                    self._end("files", f"stopped at {self.bounds.names:,} files and folders")
+        place = self._folder()
+        if place is not None and place.f_files - place.f_ffree > self.bounds.names:
+            self.close()  # to remove them one by one takes longer
+            self._end("files", f"stopped at {self.bounds.names:,} files and folders")
 
     def _end(self, status: str, message: str, by_clock: bool = False) -> NoReturn:
         self.stop()
         raise Ended(status, message, by_clock)
 
     def stop(self) -> int | None:
-        """End what runs. Returns the exit status, None if it is not known."""
-        code = None
+        """End what runs, with all that it has written. Returns the exit status, None if it is not known."""
+        code, emptied = None, 0
         if self.running:
             self.running = False
             with contextlib.suppress(OSError, ValueError):
                 if not self.trusted and self._control is not None:
                     self._control.send(b"k")
-                    code = int(self._heard(30))
-            if code is None:
+                    code, emptied = map(int, self._heard(30).split())
+            if not emptied:
                 self.close()
         if self._channel is not None:
             self._channel.close()

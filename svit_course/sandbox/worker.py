@@ -2,7 +2,8 @@
 
 It loads what its role needs, which takes seconds, and then only waits: for each channel that it is handed over the
 socket NUMBER it forks a process that answers there. So starting again after an endless loop costs no second load, and
-what has gone wrong in one does not reach the next. Without bubblewrap (``--trust``) it answers itself, once.
+what has gone wrong in one, or was written, does not reach the next. Without bubblewrap (``--trust``) it answers itself,
+once.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import ctypes
 import importlib
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from svit_course.sandbox import fence, wire
@@ -65,7 +68,7 @@ def main(role: str, control: socket.socket, uid: int) -> None:
         watched: int = os.pidfd_open(child)
         select.select([watched, control.fileno()], [], [])
         os.close(watched)
-        control.sendall(f"{end(child)}\n".encode())
+        control.sendall(f"{end(child)} {int(emptied(fence.TMP))}\n".encode())
 
 
 def end(child: int) -> int:
@@ -79,6 +82,23 @@ def end(child: int) -> int:
             os.kill(-1, signal.SIGKILL)
             time.sleep(0.01)
     return os.waitstatus_to_exitcode(status)
+
+
+def emptied(folder: Path) -> bool:
+    """Remove whatever the processes that are gone have left in a folder; False where something of it stays."""
+    try:
+        for path in list(folder.iterdir()):
+            if path.lstat().st_dev != folder.lstat().st_dev:
+                continue  # it is not on this disk in memory: bubblewrap shows it here
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            elif path.name != fence.FONTS:
+                shutil.rmtree(path)
+            elif not emptied(path):
+                return False
+    except (OSError, RecursionError):  # closed folders, or more in one another than can be walked through
+        return False
+    return True
 
 
 def answer(channel: socket.socket, part: Any, setup: dict[str, Any]) -> None:

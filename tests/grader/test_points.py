@@ -403,7 +403,7 @@ def test_a_hidden_case_does_not_come_back(graded_by: Grader, tmp_path: Path, lea
     # A file is still there when the cells are run again; what it holds must not come back as a cell's error.
     left = f"/tmp/left-{leak.replace(' ', '-')}"
     later = f"import os\nif os.path.exists({left!r}): raise ValueError(open({left!r}).read())"
-    body = f"def softmax(scores):\n    e = np.exp(scores - scores.max(-1, keepdims=True))\n    if scores.ndim > 2:\n        {LEAKS[leak]}\n    return e / e.sum(-1, keepdims=True)"
+    body = f"def softmax(scores):\n    e = np.exp(scores - scores.max(-1, keepdims=True))\n    if scores.ndim > 3:\n        {LEAKS[leak]}\n    return e / e.sum(-1, keepdims=True)"
     graded = graded_by(both(inserted(LEAK), answers("a1", body), inserted(later, "a2")))
     assert "a1 hidden" in lost(graded) and "a1 visible" not in lost(graded)
     reports.write_reports([graded], tmp_path)
