@@ -205,8 +205,8 @@ def describe(error: BaseException, answers: Sequence[str]) -> str:
         return f"the answer goes through NumPy, where there are no gradients ({said}). Stay in torch"
     if _SHAPES.search(said):
         lost = _LOST_AXIS.search(said)
-        whole, part = ([int(n) for n in lost.group(k).split(",") if n.strip()] for k in (1, 2)) if lost else ((), ())
-        if lost and part in (whole[:-1], whole[:-2] + whole[-1:]):
+        whole, part = ([int(n) for n in lost.group(k).split(",") if n.strip()] for k in (1, 2)) if lost else ([], [])
+        if lost and part in (whole[:-1], [*whole[:-2], *whole[-1:]]):
             return f"it fails on inputs of this shape ({said}). A sum or a maximum has lost its axis: keepdims=True"
         if "at non-singleton dimension" in said:
             return (
