@@ -33,6 +33,11 @@ def contrasts(sources: Sources, family: str) -> Iterator[Row]:
     yield from (row for row in sources.second("contrasts") if row["family"] == family)
 
 
+def counted(row: Row) -> str:
+    """``1 seed``, ``5 seeds``."""
+    return f"{row['seeds']} seed" + ("" if row["seeds"] == "1" else "s")
+
+
 def judged(row: Row) -> str:
     """A comparison's verdict: "higher" holds."""
     return SAID.get(row["result"], INCOMPLETE)
@@ -42,11 +47,11 @@ def more_accurate(sources: Sources) -> Iterator[Line]:
     """The gap at 150 and 450 steps; at 1,350 described."""
     for row in contrasts(sources, "A gap"):
         if row["setting"] in KINDS:
-            measured = f"{sentence(row, 100, 1)} points, {row['seeds']} seeds"
+            measured = f"{sentence(row, 100, 1)} points, {counted(row)}"
             yield Line(MORE_ACCURATE, where(row["setting"], row["steps"]), measured, judged(row), BOTH)
     for row in sources.second("margins"):
         if row["setting"] in KINDS and row["steps"] == "1350":
-            measured = f"{sentence(row, 100, 1)} points, {row['seeds']} seeds"
+            measured = f"{sentence(row, 100, 1)} points, {counted(row)}"
             yield Line(MORE_ACCURATE, where(row["setting"], "1350"), measured, "described (three seeds)", PLAN)
 
 
@@ -56,7 +61,7 @@ def gap_grows(sources: Sources) -> Iterator[Line]:
     for row in contrasts(sources, "A closing"):
         if row["setting"] in KINDS:
             moves, ahead = float(row["low"]) > 0, float(at_450[row["setting"]]["low"]) > 0
-            measured = f"{sentence(row, 100, 1)} points, {row['seeds']} seeds; after 450 steps "
+            measured = f"{sentence(row, 100, 1)} points, {counted(row)}; after 450 steps "
             measured += f"{sentence(at_450[row['setting']], 100, 1)}"
             answer = "holds" if moves and ahead else "described: no lead, but a deficit that shrinks"
             if not moves:
@@ -74,7 +79,7 @@ def no_compromise(sources: Sources) -> Iterator[Line]:
     for row in sources.second("margins"):
         setting = row["setting"]
         if row["steps"] == "450" and (setting in KINDS or setting.startswith("tau")):
-            measured = f"{sentence(row, 100, 1)} points, {row['seeds']} seeds, {100 * zeros[setting]:.0f} % zeros"
+            measured = f"{sentence(row, 100, 1)} points, {counted(row)}, {100 * zeros[setting]:.0f} % zeros"
             few = int(row["seeds"]) < len(SEEDS)
             answer = f"open ({row['seeds']} of {len(SEEDS)} seeds)" if few else WITHIN[row["result"]]
             yield Line(NO_COMPROMISE, where(setting, "450"), measured, answer, PLAN)
@@ -95,7 +100,7 @@ def ideal(sources: Sources) -> Iterator[Line]:
 def one_tau(sources: Sources) -> Iterator[Line]:
     """Thresholds learned by layer or head minus one learned for the model, at an equal share cut."""
     for row in contrasts(sources, "C accuracy"):
-        measured = f"minus one tau learned for the model {sentence(row, 100, 1)} points, {row['seeds']} seeds"
+        measured = f"minus one tau learned for the model {sentence(row, 100, 1)} points, {counted(row)}"
         yield Line(ONE_TAU, where(row["setting"], row["steps"]), measured, judged(row), BOTH)
 
 

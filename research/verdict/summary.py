@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from research.verdict import accuracy, maps
 from research.verdict.line import HOW, level, sentence
-from research.verdict.page import gap, gap_in_words
+from research.verdict.page import gap, gap_in_words, longest_in_words
 from research.verdict.shares import shares
 from research.verdict.sources import Sources
 
@@ -26,8 +26,9 @@ def two_sentences(sources: Sources) -> str:
     gaps = [gap_in_words(sources, "sparse", steps) for steps in (150, 450)]
     return (
         f"**What holds:** without a new parameter, τ = 0.01 makes {of_all:.0f} % of the small ViT's attention weights "
-        f"zero, and after 450 steps from a dense start its accuracy is {gaps[1]} points from dense "
-        f"({gaps[0]} after 150; rate 0.0005, five seeds); τ = {tau}, which is 1/N, makes {at_tau:.0f} % zero, "
+        f"zero, and after 450 steps from a dense start its accuracy is {gaps[1]} points from dense, "
+        f"rate 0.0005, five seeds ({gaps[0]} after 150{longest_in_words(sources)}); "
+        f"τ = {tau}, which is 1/N, makes {at_tau:.0f} % zero, "
         f"at {sentence(pair.minus_dense, 100, 1)} points (150 steps, one pair).\n\n"
         "**What does not:** no model was shown to be more accurate with the cut, and after 150 steps its attention "
         "lies less on the object than the dense model's own, drawn through the same threshold (average precision "

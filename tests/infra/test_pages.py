@@ -31,7 +31,7 @@ LIMITS = {
     "07_thresholds_that_earn_their_place": Counts(0, 0, 0, 0, 0, 2150),
     "08_the_referee": Counts(0, 0, 0, 0, 0, 2991),
     "09_the_study": Counts(0, 0, 0, 0, 0, 2660),
-    "10_a_verdict_on_the_card": Counts(0, 0, 0, 0, 0, 2545),
+    "10_a_verdict_on_the_card": Counts(0, 0, 0, 0, 0, 2590),
 }
 FAST_READER = 200  # words a minute, of a text with formulas
 

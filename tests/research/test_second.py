@@ -276,7 +276,7 @@ def test_the_tables_are_the_same_bytes_again(recorded: Any, tmp_path: Path) -> N
     study, _ = recorded
     once = [path.read_bytes() for path in write_tables(study, tmp_path / "a")]
     again = [path.read_bytes() for path in write_tables(study, tmp_path / "b")]
-    assert once == again and len(once) == len(tables(study)) == 3
+    assert once == again and len(once) == len(tables(study)) == 4
 
 
 def test_settings_are_read_from_names() -> None:
