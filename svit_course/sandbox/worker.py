@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def main(role: str, control: socket.socket, uid: int) -> None:
     stream = control.makefile("rb", buffering=0)
     setup, _ = wire.receive(stream) or ({}, b"")
     part = importlib.import_module(ROLES[role]).prepare(setup)
+    kept = frozenset(laid_out(fence.TMP)) if FENCED else frozenset()
     control.sendall(b"loaded\n")
     while True:
         said, passed, _, _ = socket.recv_fds(control, 1, 1)
@@ -68,7 +70,7 @@ def main(role: str, control: socket.socket, uid: int) -> None:
         watched: int = os.pidfd_open(child)
         select.select([watched, control.fileno()], [], [])
         os.close(watched)
-        control.sendall(f"{end(child)} {int(emptied(fence.TMP))}\n".encode())
+        control.sendall(f"{end(child)} {int(emptied(fence.TMP, kept))}\n".encode())
 
 
 def end(child: int) -> int:
@@ -84,18 +86,31 @@ def end(child: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def emptied(folder: Path) -> bool:
-    """Remove whatever the processes that are gone have left in a folder; False where something of it stays."""
+def laid_out(folder: Path) -> Iterator[Path]:
+    """What bubblewrap has laid into a folder before a submission came: other disks, and the folders that lead to them."""
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir() and path.lstat().st_dev == folder.lstat().st_dev:
+            yield from laid_out(path)
+
+
+def emptied(folder: Path, kept: Set[Path]) -> bool:
+    """Remove whatever the processes that are gone have left in a folder; False where something of it stays.
+
+    Args:
+        kept: what was laid into the folder at the beginning; of its folders only the contents are looked through.
+    """
     try:
         for path in list(folder.iterdir()):
-            if path.lstat().st_dev != folder.lstat().st_dev:
-                continue  # it is not on this disk in memory: bubblewrap shows it here
-            if path.is_symlink() or not path.is_dir():
-                path.unlink()
-            elif path.name != fence.FONTS:
-                shutil.rmtree(path)
-            elif not emptied(path):
-                return False
+            if path not in kept:
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
+                else:
+                    shutil.rmtree(path)
+            elif path.lstat().st_dev == folder.lstat().st_dev and (
+                path.is_symlink() or not path.is_dir() or not emptied(path, kept)
+            ):
+                return False  # something else stands in its place, or cannot be removed from it
     except (OSError, RecursionError):  # closed folders, or more in one another than can be walked through
         return False
     return True
