@@ -27,6 +27,7 @@ extensions = [
 # The pages show what is stored and tested; nothing is run here.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that a cell shows
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_dmath_double_inline = True

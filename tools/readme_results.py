@@ -131,10 +131,16 @@ def cost_in_short(folder: Path) -> str:
         ]
         said.append(f"{name} {min(found):.2f} to {max(found):.2f}")
     models = [float(row["ratio_to_dense"]) for row in _whole_models(folder)]
+    untrained = [
+        float(row["ratio_to_dense"])
+        for row in read_rows(folder / "bench" / "vit.csv")
+        if row["variant"] not in ("dense", "sparse")
+    ]
     lengths = sorted(int(row["n"]) for row in rows)
     return (
         f"N = {lengths[0]} to {lengths[-1]}, with and without a backward pass: {', '.join(said)}. "
-        f"Whole models: {min(models):.2f} to {max(models):.2f}. {measured(rows, threads)}"
+        f"Whole models: {min(models):.2f} to {max(models):.2f}, and up to {max(untrained):.2f} untrained, where rows "
+        f"are empty. {measured(rows, threads)}"
     )
 
 

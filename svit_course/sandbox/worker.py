@@ -87,7 +87,7 @@ def end(child: int) -> int:
 
 
 def laid_out(folder: Path) -> Iterator[Path]:
-    """What bubblewrap has laid into a folder before a submission came: other disks, and the folders that lead to them."""
+    """What bubblewrap has laid into a folder before a submission came: other disks, and the folders on the way."""
     for path in folder.iterdir():
         yield path
         if path.is_dir() and path.lstat().st_dev == folder.lstat().st_dev:

@@ -28,7 +28,7 @@ LIMITS = {
     "04_baseline_comparison": Counts(0, 0, 0, 0, 0, 2957),
     "05_interpretability": Counts(0, 0, 0, 0, 0, 2832),
     "06_what_it_costs": Counts(0, 0, 0, 0, 0, 1882),
-    "07_thresholds_that_earn_their_place": Counts(0, 0, 0, 0, 0, 2150),
+    "07_thresholds_that_earn_their_place": Counts(0, 0, 0, 0, 0, 2180),
     "08_the_referee": Counts(0, 0, 0, 0, 0, 2991),
     "09_the_study": Counts(0, 0, 0, 0, 0, 2660),
     "10_a_verdict_on_the_card": Counts(0, 0, 0, 0, 0, 2590),
