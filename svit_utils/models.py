@@ -187,6 +187,7 @@ def _describe(
     arguments = _as_json({k: v for k, v in (_arguments(model) | model_args).items() if v is not None}, "model_args")
     about = filter_pretrained_cfg(about or timm.get_pretrained_cfg(architecture).to_dict(), remove_source=True)
     about |= {k: card[k] for k in _INPUT if card.get(k) is not None} | {"custom_load": False, "state_dict": None}
+    about["num_classes"] = model.num_classes  # older timm leaves the number of the weights that it began with
     if "img_size" in arguments:
         about["input_size"] = (arguments.get("in_chans", 3), *to_2tuple(arguments["img_size"]))
     names = card.get("label_names")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import signal
 import threading
 import time
@@ -186,14 +187,18 @@ def test_of_many_starts_at_once_one_gets_the_folder(tmp_path: Path) -> None:
     os.waitpid(gone, 0)
     for start in range(10):  # also where a dead process's lock is to be taken over
         go, write = os.pipe()
+        refused, tell = os.pipe()
         name_in_lock(tmp_path, pid=gone)
 
-        def attempt(go: int = go) -> int:
+        def attempt(go: int = go, refused: int = refused, tell: int = tell) -> int:
             os.read(go, 1)
             try:
                 with locked(tmp_path):
-                    time.sleep(0.3)
+                    for _ in range(5):  # it stays inside until every other one has tried
+                        assert select.select([refused], [], [], 60)[0]
+                        os.read(refused, 1)
             except OutputError:
+                os.write(tell, b"x")
                 return 2
             return 0
 
