@@ -189,7 +189,7 @@ def test_trust_grades_with_plain_processes_and_says_so(tmp_path: Path, capsys: p
     submission(tmp_path / "in", "ada", inserted("import os\nassert os.path.isdir('/etc')"))
     assert command.main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--trust"]) == 0
     (total,) = rows(tmp_path / "out" / "totals.csv")
-    assert (total["by_tests"], total["note"]) == ("13", "to mark by hand: a5, a6")
+    assert (total["by_tests"], total["note"]) == ("13", "not final, to mark by hand: a5, a6")
     assert "runs with your own rights" in capsys.readouterr().out
 
 
