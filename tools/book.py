@@ -55,6 +55,11 @@ def build(
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"the book cannot be built:\n{done.stderr[-8000:]}")
+    for name in ("notebooks", "reference", "commands"):  # pages of files that have gone, or have another name now
+        for page in (out / name).rglob("*.html"):
+            source = work / "pages" / page.relative_to(out)
+            if not any(source.with_suffix(suffix).is_file() for suffix in (".ipynb", ".md")):
+                page.unlink()
 
 
 def find_chromium() -> str:

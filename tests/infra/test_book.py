@@ -151,3 +151,17 @@ def test_a_warning_ends_a_strict_build_with_its_words(small: Path) -> None:
     (small / "README.md").write_text("# Book\n\n[nowhere](nowhere.md)\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r"nowhere\.md"):
         book.build(small / "out")
+
+
+def test_a_table_that_a_cell_shows_is_one_and_pages_of_renamed_chapters_go(small: Path) -> None:
+    path = small / "notebooks" / "01_one.ipynb"
+    notebook = notebooks.read(path)
+    shown = {"text/markdown": "| claim | verdict |\n| --- | --- |\n| tidy | open |", "text/plain": "a table"}
+    notebook.cells[1].outputs = [new_output("display_data", data=shown)]
+    nbformat.write(notebook, path)
+    book.build(small / "out", strict=False)
+    page = small / "out" / "notebooks" / "01_one.html"
+    assert re.search(r"<td>\s*(<p>)?tidy", page.read_text(encoding="utf-8"))
+    path.rename(path.with_name("02_one.ipynb"))
+    book.build(small / "out", strict=False)
+    assert not page.exists() and page.with_name("02_one.html").is_file()
