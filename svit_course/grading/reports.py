@@ -51,8 +51,8 @@ def write_reports(everything: Sequence[Graded], out: Path) -> Path:
     for graded in everything:
         save(graded, out)
         still_open = enter_marks_by_hand(graded, hand)
-        graded.marks = [replace(mark, message=_harmless(mark.message)) for mark in graded.marks]
-        graded.notes = [_harmless(note) for note in graded.notes[:NOTES]]
+        graded.marks = [replace(mark, message=_short(mark.message)) for mark in graded.marks]
+        graded.notes = [_short(note) for note in graded.notes[:NOTES]]
         lines += _lines(graded)
         totals.append(_total(graded, still_open))
     # Whichever submission was finished first: by student and assignment, questions as they stand in the master.
@@ -199,9 +199,14 @@ def _number(value: float) -> str:
 
 def _harmless(text: str) -> str:
     """A cell of sane length that a spreadsheet does not take for a formula, without control characters."""
-    text = " ".join(writable(text).split())
-    text = f"{text[:MESSAGE]} …" if len(text) > MESSAGE else text
+    text = _short(text)
     return f"'{text}" if _FORMULA.match(text) else text
+
+
+def _short(text: str) -> str:
+    """A line of sane length without control characters."""
+    text = " ".join(writable(text).split())
+    return f"{text[:MESSAGE]} …" if len(text) > MESSAGE else text
 
 
 def _honest(text: str) -> str:
