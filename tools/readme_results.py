@@ -95,13 +95,9 @@ def cost(folder: Path) -> str:
     return "\n".join([*lines, "", whole_models(folder) + measured(rows, threads)])
 
 
-def _whole_models(folder: Path) -> list[dict[str, str]]:
-    return [row for row in read_rows(folder / "bench" / "vit.csv") if row["variant"] == "sparse"]
-
-
 def whole_models(folder: Path) -> str:
     """Time of whole models, sparse over dense, in a sentence."""
-    rows = _whole_models(folder)
+    rows = [row for row in read_rows(folder / "bench" / "vit.csv") if row["variant"] == "sparse"]
     said = (
         f"{row['model'].split('_patch')[0]} at {row['img_size']} px, {row['what']}: {float(row['ratio_to_dense']):.2f}"
         for row in rows
@@ -121,7 +117,9 @@ def measured(rows: list[dict[str, str]], threads: int) -> str:
 def cost_in_short(folder: Path) -> str:
     """The range over lengths of the time of one attention call over fused dense attention's, and whole models."""
     rows = [row for row in read_rows(folder / "bench" / "attention.csv") if row["logits"] == "independent"]
-    if not rows or not _whole_models(folder):
+    whole = [(row["variant"], float(row["ratio_to_dense"])) for row in read_rows(folder / "bench" / "vit.csv")]
+    trained, untrained = ([ratio for name, ratio in whole if name == n] for n in ("sparse", "sparse, untrained"))
+    if not rows or not trained or not untrained:
         return "Not measured yet.\n"
     threads = min(int(row["threads"]) for row in rows)
     said = []
@@ -130,16 +128,10 @@ def cost_in_short(folder: Path) -> str:
             float(row["ratio_to_sdpa"]) for row in rows if (row["variant"], int(row["threads"])) == (name, threads)
         ]
         said.append(f"{name} {min(found):.2f} to {max(found):.2f}")
-    models = [float(row["ratio_to_dense"]) for row in _whole_models(folder)]
-    untrained = [
-        float(row["ratio_to_dense"])
-        for row in read_rows(folder / "bench" / "vit.csv")
-        if row["variant"] not in ("dense", "sparse")
-    ]
     lengths = sorted(int(row["n"]) for row in rows)
     return (
         f"N = {lengths[0]} to {lengths[-1]}, with and without a backward pass: {', '.join(said)}. "
-        f"Whole models: {min(models):.2f} to {max(models):.2f}, and up to {max(untrained):.2f} untrained, where rows "
+        f"Whole models: {min(trained):.2f} to {max(trained):.2f}, and up to {max(untrained):.2f} untrained, where rows "
         f"are empty. {measured(rows, threads)}"
     )
 
@@ -152,10 +144,10 @@ def stamped(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
-def readme(text: str, folder: Path) -> str:
+def readme(text: str, sources: Sources) -> str:
     """The README's text with its parts written again."""
-    sources = Sources(folder)
-    parts = {"result": two_sentences(sources), "results": short_table(sources), "cost": cost_in_short(folder)}
+    costs = cost_in_short(sources.folder)
+    parts = {"result": two_sentences(sources), "results": short_table(sources), "cost": costs}
     for name, content in parts.items():
         text = stamped(text, name, content)
     return text
@@ -172,11 +164,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where a file differs")
     args = parser.parse_args(argv)
     folder = results_dir()
+    sources = Sources(folder)
     wanted = {
-        path: make(path.read_text(encoding="utf-8"), folder) for path, make in ((README, readme), (PAGE, results_page))
+        README: readme(README.read_text(encoding="utf-8"), sources),
+        PAGE: results_page(PAGE.read_text(encoding="utf-8"), folder),
     }
     with tempfile.TemporaryDirectory() as made:
-        for path in write_verdict(folder, Path(made)):
+        for path in write_verdict(sources, Path(made)):
             wanted[folder / "verdict" / path.name] = path.read_text(encoding="utf-8")
     differ = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if args.check:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from research.verdict.line import BOTH, HOW, OWN, SINGLE, Line, both_intervals, given, level, quality, sentence
+from research.verdict.line import BOTH, HOW, OWN, SINGLE, Line, both_intervals, given, level, quality, seeds, sentence
 from research.verdict.sources import DEIT_KINDS, Sources
 from svit_utils.records import Row
 from svit_utils.referee import Comparison, Interval
@@ -28,7 +28,7 @@ def more_accurate(sources: Sources) -> Iterator[Line]:
     yield Line(MORE_ACCURATE, "CIFAR-10, ViT-Base", claimed, command, OWN)
     for kind, how in HOW.items():
         row = of_study(sources, kind)
-        measured = f"{sentence(row, 100, 1)} points, {row['seeds']} seeds"
+        measured = f"{sentence(row, 100, 1)} points, {seeds(row)}"
         yield Line(MORE_ACCURATE, f"{sources.small}, {how}", measured, SINGLE[quality(row)], BOTH)
     for how in DEIT_KINDS:
         yield deit_line(sources, how)
@@ -143,7 +143,7 @@ def no_compromise(sources: Sources) -> Iterator[Line]:
     for kind, how in HOW.items():
         row, where = of_study(sources, kind), f"{sources.small}, {how}"
         cut = level([float(run["cut_sparsity"]) for run in sources.groups[where]])
-        measured = f"tau 0.01, {cut} cut: {sentence(row, 100, 1)} points, {row['seeds']} seeds"
+        measured = f"tau 0.01, {cut} cut: {sentence(row, 100, 1)} points, {seeds(row)}"
         yield Line(NO_COMPROMISE, where, measured, SINGLE[quality(row)], BOTH)
     for sweep in sweeps(sources):
         tau = nearest_to_seventy(sweep)
@@ -162,10 +162,15 @@ def nearest_to_seventy(sweep: Sweep) -> float:
     return min(sweep.of, key=lambda tau: abs(float(sweep.of[tau].row["cut_sparsity"]) - 0.70))
 
 
+def preferred(sweep: Sweep) -> float:
+    """The tau that validation prefers."""
+    return max(sweep.of, key=lambda tau: float(sweep.of[tau].row["val_accuracy"]))
+
+
 def ideal(sources: Sources) -> Iterator[Line]:
     """0.01 beside the tau that validation prefers."""
     for sweep in sweeps(sources):
-        best = max(sweep.of, key=lambda tau: float(sweep.of[tau].row["val_accuracy"]))
+        best = preferred(sweep)
         apart = sources.pair(sweep.experiment, sweep.of[0.01].row["name"], sweep.of[best].row["name"])
         side = "less" if apart.high < 0 else "more" if apart.low > 0 else "not clearly more or less"
         measured = f"validation prefers {best} of {len(sweep.of)}; 0.01 minus {best} {sentence(apart, 100, 1)} points"

@@ -97,6 +97,11 @@ def level(values: Sequence[float], factor: float = 100, unit: str = " %") -> str
     return f"{factor * found.mean:.1f} [{factor * found.low:.1f}, {factor * found.high:.1f}]{unit}"
 
 
+def seeds(row: Mapping[str, Any]) -> str:
+    """``1 seed``, ``5 seeds``."""
+    return f"{row['seeds']} seed" + ("" if int(row["seeds"]) == 1 else "s")
+
+
 def quality(row: Mapping[str, Any]) -> str:
     """What a comparison says of its first side: "better", "worse" or "open"."""
     if row["result"] == "open":

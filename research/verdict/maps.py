@@ -19,6 +19,7 @@ from research.verdict.line import (
     by_rule,
     named,
     quality,
+    seeds,
     sentence,
 )
 from research.verdict.sources import Sources
@@ -57,7 +58,7 @@ def judged_map(sources: Sources, claim: str, family: str, kind: str, name: str) 
     else:
         main = {"localisation": "energy_in_mask", "faithfulness": "insertion"}[family]
         shown = rows[rows["metric"] == main].to_dict("records")[-1]  # the strictest control comes last
-    measured += f"; {named(shown)} {sentence(shown)}, {shown['seeds']} seeds"
+    measured += f"; {named(shown)} {sentence(shown)}, {seeds(shown)}"
     beyond = rows[rows["second"] == "dense displayed"]
     if family == "localisation" and len(beyond):  # what the drawing does by itself is left out
         measured += f"; by the comparisons with dense displayed alone: {by_rule(beyond)}"
@@ -136,7 +137,7 @@ def background(sources: Sources) -> Iterator[Line]:
     for name, label in MAPS.items():
         for kind, how in HOW.items():
             (row,) = picked(sources, "background", kind, name).to_dict("records")
-            answer, measured = SINGLE[quality(row)], f"{named(row)} {sentence(row)}, {row['seeds']} seeds"
+            answer, measured = SINGLE[quality(row)], f"{named(row)} {sentence(row)}, {seeds(row)}"
             drawn = ("dense", f"{name}_displayed")
             if drawn in mass:
                 found = student_interval((mass[kind, name] - mass[drawn]).dropna().to_numpy())
@@ -153,7 +154,7 @@ def noise(sources: Sources) -> Iterator[Line]:
     rows = sources.afterwards.query("metric == 'on_distractors' and rho == 0")
     for name, label in MAPS.items():
         (row,) = rows[(rows["first"] == "dense") & (rows["map"] == name)].to_dict("records")
-        measured = f"share on the distractors minus their area {both_intervals(row)}; {row['seeds']} seeds"
+        measured = f"share on the distractors minus their area {both_intervals(row)}; {seeds(row)}"
         yield Line(
             ATTENDS, f"{sources.small}, dense {label}", measured, f"described: {TOLD[row['result']]} their area", OWN
         )
@@ -163,7 +164,7 @@ def noise(sources: Sources) -> Iterator[Line]:
             measured = "; ".join(f"{named(row)} {both_intervals(row)}" for row in found)
             answer = ", ".join(f"{TOLD[row['result']]} {row['second']}" for row in found)
             where = f"{sources.small}, {label}, {how}"
-            yield Line(FILTERS, where, f"{measured}; {found[0]['seeds']} seeds", f"described: {answer}", OWN)
+            yield Line(FILTERS, where, f"{measured}; {seeds(found[0])}", f"described: {answer}", OWN)
 
 
 def alternatives(sources: Sources) -> Iterator[Line]:
@@ -176,5 +177,5 @@ def alternatives(sources: Sources) -> Iterator[Line]:
         (accuracy,) = rows[rows["metric"] == "accuracy"].to_dict("records")
         sides = (("lower", "for the threshold"), ("higher", "against"), ("open", "open"))
         measured = ", ".join(f"{counts.get(side, 0)} {words}" for side, words in sides)
-        measured += f", {accuracy['seeds']} seeds; accuracy of {kind} minus sparse {sentence(accuracy, 100, 1)} points"
+        measured += f", {seeds(accuracy)}; accuracy of {kind} minus sparse {sentence(accuracy, 100, 1)} points"
         yield Line(SPECIAL, f"{sources.small}, against {kind}", measured, by_rule(of_maps, "score"), BOTH)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from research.verdict import accuracy, maps, shares
+from research.verdict import accuracy, maps, second, shares
 from research.verdict.ledger import lines
-from research.verdict.line import HOW, WORDS, Line, sentence
+from research.verdict.line import HOW, WORDS, Line, seeds, sentence
 from research.verdict.sources import Sources
 from svit_utils.files import write_rows
 from svit_utils.records import Row
@@ -46,10 +46,10 @@ def gap(sources: Sources, kind: str, steps: int) -> Row:
     Raises:
         ValueError: it is not recorded yet.
     """
-    for row in sources.second("margins"):
-        if (row["setting"], row["steps"], row["seeds"]) == (kind, str(steps), "5"):
-            return row
-    raise ValueError(f"no row of {kind!r} at {steps} steps with five seeds in results/second/tables/margins.csv")
+    row = second.margin(sources, kind, steps)
+    if row is None or row["seeds"] != "5":
+        raise ValueError(f"no row of {kind!r} at {steps} steps with five seeds in results/second/tables/margins.csv")
+    return row
 
 
 def gap_in_words(sources: Sources, kind: str, steps: int) -> str:
@@ -57,12 +57,12 @@ def gap_in_words(sources: Sources, kind: str, steps: int) -> str:
     return sentence(gap(sources, kind, steps), 100, 1)
 
 
-def longest_in_words(sources: Sources) -> str:
-    """The gap at the longest budget: ``; after 1,350, warmed up, -0.3 [-0.7, +0.0], 3 seeds``, or nothing."""
-    for row in sources.second("margins"):
-        if (row["setting"], row["steps"]) == ("warmup", "1350"):
-            return f"; after 1,350, warmed up, {sentence(row, 100, 1)}, {row['seeds']} seeds"
-    return ""
+def warmed_up_in_words(sources: Sources) -> str:
+    """The gap with tau warmed up at each budget: ``-4.6 after 150, -1.9 after 450, -0.3 [-0.7, +0.0] after 1,350``."""
+    said = [f"{100 * float(gap(sources, 'warmup', steps)['mean']):+.1f} after {steps}" for steps in (150, 450)]
+    if longest := second.margin(sources, "warmup", 1350):
+        said.append(f"{sentence(longest, 100, 1)} after 1,350 with {seeds(longest)}")
+    return ", ".join(said)
 
 
 def _accurate(sources: Sources) -> str:
@@ -71,7 +71,7 @@ def _accurate(sources: Sources) -> str:
     rates = " and ".join(sources.deit_rate(how) for how in ("warmed up", "dense"))
     return (
         f"ViT-Base was not run. The small ViT (rate 0.0005) is {gaps[0]} points from dense after 150 steps, {gaps[1]} "
-        f"after 450{longest_in_words(sources)}; "
+        f"after 450 (warmed up: {warmed_up_in_words(sources)}); "
         f"DeiT-Tiny (450 steps, warmed up, at its own rate and dense at its own: {rates}) {deit}, two seeds."
     )
 
@@ -91,9 +91,13 @@ def _seventy(sources: Sources) -> str:
     )
 
 
+def _named_sweeps(sources: Sources) -> Iterator[tuple[str, accuracy.Sweep]]:
+    return zip(("the small ViT", "DeiT-Tiny"), accuracy.sweeps(sources), strict=True)
+
+
 def _no_compromise(sources: Sources) -> str:
     said = []
-    for name, sweep in zip(("the small ViT", "DeiT-Tiny"), accuracy.sweeps(sources), strict=True):
+    for name, sweep in _named_sweeps(sources):
         tau = accuracy.nearest_to_seventy(sweep)
         found = sweep.of[tau]
         said.append(f"{name} {sentence(found.minus_dense, 100, 1)} at {float(found.row['cut_sparsity']):.0%} cut")
@@ -106,10 +110,10 @@ def _importance(sources: Sources) -> str:
     return f"The cut takes the smallest weights, but many of them: the rest holds {share} of a layer's attention."
 
 
-def _compared(sources: Sources, kind: str, name: str, metric: str, second: str, digits: int = 3) -> str:
-    rows = maps.picked(sources, "localisation", kind, name).query("metric == @metric and second == @second")
+def _compared(sources: Sources, kind: str, name: str, metric: str, other: str) -> str:
+    rows = maps.picked(sources, "localisation", kind, name).query("metric == @metric and second == @other")
     (row,) = rows.to_dict("records")
-    return sentence(row, digits=digits)
+    return sentence(row)
 
 
 def _object(sources: Sources) -> str:
@@ -150,10 +154,7 @@ def _background(sources: Sources) -> str:
 
 
 def _ideal(sources: Sources) -> str:
-    said = []
-    for name, sweep in zip(("the small ViT", "DeiT-Tiny"), accuracy.sweeps(sources), strict=True):
-        best = max(sweep.of, key=lambda tau: float(sweep.of[tau].row["val_accuracy"]))
-        said.append(f"{best} for {name}")
+    said = (f"{accuracy.preferred(sweep)} for {name}" for name, sweep in _named_sweeps(sources))
     return f"Validation prefers {' and '.join(said)}; no maps were scored there."
 
 
@@ -268,9 +269,8 @@ def page(sources: Sources, ledger: Sequence[Line]) -> Iterator[dict[str, str]]:
         yield {**row, "what was found": claim.found(sources), "why": claim.why}
 
 
-def write_verdict(folder: Path, out: Path | None = None) -> list[Path]:
-    """Write ledger and page of the results in ``folder`` into ``folder/verdict``, or into ``out``; the files."""
-    sources, out = Sources(folder), folder / "verdict" if out is None else out
+def write_verdict(sources: Sources, out: Path) -> list[Path]:
+    """Write ledger and page into the folder ``out``; the files."""
     ledger = list(lines(sources))
     tables = {"ledger": [vars(line) for line in ledger], "page": list(page(sources, ledger))}
     return [write_rows(out / f"{name}.csv", rows[0], rows) for name, rows in tables.items()]

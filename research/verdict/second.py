@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from research.second.markdown import SETTINGS
 from research.second.runs import SEEDS
 from research.verdict.accuracy import GROWS, IDEAL, MORE_ACCURATE, NO_COMPROMISE
-from research.verdict.line import BOTH, MAPS, OWN, PLAN, Line, sentence
+from research.verdict.line import BOTH, MAPS, OWN, PLAN, Line, seeds, sentence
 from research.verdict.maps import OBJECT
 from research.verdict.shares import ONE_TAU
 from research.verdict.sources import Sources
@@ -33,9 +33,17 @@ def contrasts(sources: Sources, family: str) -> Iterator[Row]:
     yield from (row for row in sources.second("contrasts") if row["family"] == family)
 
 
-def counted(row: Row) -> str:
-    """``1 seed``, ``5 seeds``."""
-    return f"{row['seeds']} seed" + ("" if row["seeds"] == "1" else "s")
+def margin(sources: Sources, setting: str, steps: int) -> Row | None:
+    """A setting's accuracy minus dense, or None where it is not recorded."""
+    rows = sources.second("margins")
+    return next((row for row in rows if (row["setting"], row["steps"]) == (setting, str(steps))), None)
+
+
+def zeros(sources: Sources, setting: str, steps: int) -> float:
+    """The share of exact zeros of a setting, on validation pictures."""
+    wanted = (setting, str(steps), "val_applied_sparsity")
+    rows = sources.second("settings")
+    return next(float(row["mean"]) for row in rows if (row["setting"], row["steps"], row["metric"]) == wanted)
 
 
 def judged(row: Row) -> str:
@@ -47,12 +55,12 @@ def more_accurate(sources: Sources) -> Iterator[Line]:
     """The gap at 150 and 450 steps; at 1,350 described."""
     for row in contrasts(sources, "A gap"):
         if row["setting"] in KINDS:
-            measured = f"{sentence(row, 100, 1)} points, {counted(row)}"
+            measured = f"{sentence(row, 100, 1)} points, {seeds(row)}"
             yield Line(MORE_ACCURATE, where(row["setting"], row["steps"]), measured, judged(row), BOTH)
-    for row in sources.second("margins"):
-        if row["setting"] in KINDS and row["steps"] == "1350":
-            measured = f"{sentence(row, 100, 1)} points, {counted(row)}"
-            yield Line(MORE_ACCURATE, where(row["setting"], "1350"), measured, "described (three seeds)", PLAN)
+    for kind in KINDS:
+        if longest := margin(sources, kind, 1350):
+            measured = f"{sentence(longest, 100, 1)} points, {seeds(longest)}"
+            yield Line(MORE_ACCURATE, where(kind, "1350"), measured, "described (three seeds)", PLAN)
 
 
 def gap_grows(sources: Sources) -> Iterator[Line]:
@@ -61,7 +69,7 @@ def gap_grows(sources: Sources) -> Iterator[Line]:
     for row in contrasts(sources, "A closing"):
         if row["setting"] in KINDS:
             moves, ahead = float(row["low"]) > 0, float(at_450[row["setting"]]["low"]) > 0
-            measured = f"{sentence(row, 100, 1)} points, {counted(row)}; after 450 steps "
+            measured = f"{sentence(row, 100, 1)} points, {seeds(row)}; after 450 steps "
             measured += f"{sentence(at_450[row['setting']], 100, 1)}"
             answer = "holds" if moves and ahead else "described: no lead, but a deficit that shrinks"
             if not moves:
@@ -71,15 +79,10 @@ def gap_grows(sources: Sources) -> Iterator[Line]:
 
 def no_compromise(sources: Sources) -> Iterator[Line]:
     """Is a setting at 450 steps less than a point below dense?"""
-    zeros = {
-        row["setting"]: float(row["mean"])
-        for row in sources.second("settings")
-        if (row["metric"], row["steps"]) == ("val_applied_sparsity", "450")
-    }
     for row in sources.second("margins"):
         setting = row["setting"]
         if row["steps"] == "450" and (setting in KINDS or setting.startswith("tau")):
-            measured = f"{sentence(row, 100, 1)} points, {counted(row)}, {100 * zeros[setting]:.0f} % zeros"
+            measured = f"{sentence(row, 100, 1)} points, {seeds(row)}, {100 * zeros(sources, setting, 450):.0f} % zeros"
             few = int(row["seeds"]) < len(SEEDS)
             answer = f"open ({row['seeds']} of {len(SEEDS)} seeds)" if few else WITHIN[row["result"]]
             yield Line(NO_COMPROMISE, where(setting, "450"), measured, answer, PLAN)
@@ -87,11 +90,11 @@ def no_compromise(sources: Sources) -> Iterator[Line]:
 
 def ideal(sources: Sources) -> Iterator[Line]:
     """The thresholds of part B beside 0.01, as far as they are recorded."""
-    found = {row["setting"]: row for row in sources.second("margins") if row["steps"] == "450"}
     taus = {"tau0.0025": "0.0025", "tau0.005": "0.005", "tau0.0075": "0.0075", "warmup": "0.01"}
-    said = [f"{tau}: {sentence(found[name], 100, 1)}" for name, tau in taus.items() if name in found]
+    found = {tau: row for name, tau in taus.items() if (row := margin(sources, name, 450))}
+    said = [f"{tau}: {sentence(row, 100, 1)}" for tau, row in found.items()]
     place = "PlantedShapes, small ViT, 450 steps, rate 0.0005, warmed up (second study)"
-    missing = [tau for name, tau in taus.items() if int(found.get(name, {"seeds": "0"})["seeds"]) < len(SEEDS)]
+    missing = [tau for tau in taus.values() if tau not in found or int(found[tau]["seeds"]) < len(SEEDS)]
     answer = f"open (part B of the plan: {', '.join(missing)} not recorded with all seeds)" if missing else ""
     measured = f"points below or above dense by tau, {'; '.join(said)}" if said else "not run"
     yield Line(IDEAL, place, measured, answer or "described: the plan compares no two thresholds", PLAN)
@@ -100,7 +103,7 @@ def ideal(sources: Sources) -> Iterator[Line]:
 def one_tau(sources: Sources) -> Iterator[Line]:
     """Thresholds learned by layer or head minus one learned for the model, at an equal share cut."""
     for row in contrasts(sources, "C accuracy"):
-        measured = f"minus one tau learned for the model {sentence(row, 100, 1)} points, {counted(row)}"
+        measured = f"minus one tau learned for the model {sentence(row, 100, 1)} points, {seeds(row)}"
         yield Line(ONE_TAU, where(row["setting"], row["steps"]), measured, judged(row), BOTH)
 
 
@@ -115,5 +118,5 @@ def on_the_object(sources: Sources) -> Iterator[Line]:
             results = [row["result"] for row in found]
             answer = INCOMPLETE if "incomplete" in results else verdict({"average_precision": results})
             measured = "; ".join(f"AP minus {row['other']} {sentence(row)}" for row in found)
-            measured += f"; {found[0]['seeds']} seeds"
+            measured += f"; {seeds(found[0])}"
             yield Line(OBJECT, f"{where(kind, '450')}, {label}", measured, answer, BOTH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ class Sources:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._rows: dict[tuple[str, str], Any] = {}
 
     def _study(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.folder / "study" / "tables" / f"{name}.csv", keep_default_na=False, na_values=[""])
@@ -48,11 +50,15 @@ class Sources:
 
     def second(self, table: str) -> list[Row]:
         """A table of the second study; no rows where it is not written yet."""
-        return read_rows(self.folder / "second" / "tables" / f"{table}.csv")
+        if ("second", table) not in self._rows:
+            self._rows["second", table] = read_rows(self.folder / "second" / "tables" / f"{table}.csv")
+        return self._rows["second", table]
 
     def runs(self, experiment: str) -> dict[str, Row]:
         """The full-size runs of an experiment by name."""
-        return run_rows(experiment, self.folder)
+        if ("runs", experiment) not in self._rows:
+            self._rows["runs", experiment] = run_rows(experiment, self.folder)
+        return self._rows["runs", experiment]
 
     @cached_property
     def _correct(self) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from research.verdict import accuracy, maps
 from research.verdict.line import HOW, level, sentence
-from research.verdict.page import gap, gap_in_words, longest_in_words
+from research.verdict.page import gap, gap_in_words, warmed_up_in_words
+from research.verdict.second import zeros
 from research.verdict.shares import shares
 from research.verdict.sources import Sources
 
@@ -27,20 +28,14 @@ def two_sentences(sources: Sources) -> str:
     return (
         f"**What holds:** without a new parameter, τ = 0.01 makes {of_all:.0f} % of the small ViT's attention weights "
         f"zero, and after 450 steps from a dense start its accuracy is {gaps[1]} points from dense, "
-        f"rate 0.0005, five seeds ({gaps[0]} after 150{longest_in_words(sources)}); "
+        f"rate 0.0005, five seeds ({gaps[0]} after 150; "
+        f"warmed up: {warmed_up_in_words(sources)}); "
         f"τ = {tau}, which is 1/N, makes {at_tau:.0f} % zero, "
         f"at {sentence(pair.minus_dense, 100, 1)} points (150 steps, one pair).\n\n"
         "**What does not:** no model was shown to be more accurate with the cut, and after 150 steps its attention "
         "lies less on the object than the dense model's own, drawn through the same threshold (average precision "
         f"{sentence(ranks)}, five seeds); the card's model, ViT-Base, was not run.\n"
     )
-
-
-def zeros(sources: Sources, setting: str, steps: int) -> float:
-    """The share of exact zeros, of the second study's runs."""
-    wanted = (setting, str(steps), "val_applied_sparsity")
-    rows = sources.second("settings")
-    return next(float(row["mean"]) for row in rows if (row["setting"], row["steps"], row["metric"]) == wanted)
 
 
 def short_table(sources: Sources) -> str:

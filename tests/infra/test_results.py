@@ -9,6 +9,7 @@ import torch
 
 from research.check import check_experiment
 from research.plans import EXPERIMENTS
+from research.verdict.sources import Sources
 from svit_utils import sparsify
 from svit_utils.data import PlantedShapes
 from svit_utils.files import read_rows
@@ -25,7 +26,7 @@ PROVENANCE = ("command", "torch", "timm", "device", "threads", "commit", "date",
 
 def test_the_readme_shows_what_the_results_hold() -> None:
     now = readme_results.README.read_text(encoding="utf-8")
-    assert now == readme_results.readme(now, results_dir()), "run `make results`"
+    assert now == readme_results.readme(now, Sources(results_dir())), "run `make results`"
 
 
 def test_the_page_of_results_shows_what_they_hold() -> None:

@@ -44,8 +44,8 @@ def sources() -> Sources:
     return Sources(RESULTS)
 
 
-def test_ledger_and_page_are_written_from_the_records(tmp_path: Path) -> None:
-    for path in write_verdict(RESULTS, tmp_path):
+def test_ledger_and_page_are_written_from_the_records(sources: Sources, tmp_path: Path) -> None:
+    for path in write_verdict(sources, tmp_path):
         assert path.read_bytes() == (RESULTS / "verdict" / path.name).read_bytes(), "run `make results`"
 
 
