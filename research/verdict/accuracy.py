@@ -38,7 +38,7 @@ def more_accurate(sources: Sources) -> Iterator[Line]:
 
 
 def of_study(sources: Sources, kind: str) -> Row:
-    """The first study's comparison of an arm's accuracy with dense."""
+    """The first study's comparison of a kind of model's accuracy with dense."""
     rows = sources.judged.query("family == 'accuracy' and first == @kind")
     (row,) = rows.to_dict("records")
     return row
@@ -52,7 +52,7 @@ def two(found: Comparison) -> str:
 
 
 def deit_line(sources: Sources, how: str) -> Line:
-    """An arm of DeiT-Tiny, each side at its own rate, beside the comparisons at equal rates."""
+    """A setting of DeiT-Tiny minus dense, each side at its own rate, beside the comparisons at equal rates."""
     found, rates = sources.deit(how), (sources.deit_rate(how), sources.deit_rate("dense"))
     answer = SINGLE[quality({"result": found.verdict(found.p_value), "better": "higher"})]
     if answer == "open" and found.images.excludes_zero():

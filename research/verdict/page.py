@@ -250,7 +250,7 @@ PAGE = (
         "one tau for all layers is a limit",
         (shares.ONE_TAU,),
         _uniform,
-        "Whether a tau for each does better takes arms that learn it: part C of the second study.",
+        "Cut without training, a tau for each layer does better (chapter 7); of training, part C will tell.",
     ),
 )
 

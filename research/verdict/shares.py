@@ -37,7 +37,7 @@ def about_seventy(cut: Sequence[float], applied: Sequence[float]) -> str:
 
 
 def sparsity(sources: Sources) -> Iterator[Line]:
-    """The shares of every arm, beside the floor of arithmetic and noise of the same spread."""
+    """The shares of every setting, beside the floor of arithmetic and noise of the same spread."""
     floor = sparsity_floor(TOKENS, 0.01)
     for where, rows in sources.groups.items():
         cut, applied = shares(rows)

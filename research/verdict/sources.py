@@ -87,16 +87,16 @@ class Sources:
         return f"CIFAR-10, small ViT from scratch, {given(self.runs('vit56_cifar10').values())}"
 
     def deit_rate(self, how: str) -> str:
-        """The rate that validation prefers for an arm of DeiT-Tiny: ``dense`` or a key of `DEIT_KINDS`."""
+        """The rate that validation prefers for a setting of DeiT-Tiny: ``dense`` or a key of `DEIT_KINDS`."""
         return own_rate(self.runs("deit_cifar10"), *DEIT_KINDS.get(how, DENSE))
 
     def deit_rows(self, how: str, rate: str | None = None) -> dict[str, Row]:
-        """The rows of an arm of DeiT-Tiny by seed, at one rate: by default that which validation prefers."""
+        """The rows of a setting of DeiT-Tiny by seed, at one rate: by default that which validation prefers."""
         found = of_kind(self.runs("deit_cifar10"), *DEIT_KINDS.get(how, DENSE), rate or self.deit_rate(how))
         return {row["seed"]: row for _, row in sorted(found.items())}
 
     def deit(self, how: str, rate: str | None = None, dense_rate: str | None = None) -> Comparison:
-        """An arm of DeiT-Tiny minus dense over both seeds, by default each at the rate that validation prefers."""
+        """A setting of DeiT-Tiny minus dense over both seeds, by default each at the rate that validation prefers."""
         sides = self.deit_rows(how, rate), self.deit_rows("dense", dense_rate)
         sparse, dense = (
             np.stack([self.correct("deit_cifar10", row["name"]) for row in rows.values()]) for rows in sides
@@ -104,7 +104,7 @@ class Sources:
         return compare(sparse, dense)
 
     def deit_where(self, how: str) -> str:
-        """Where an arm of DeiT-Tiny was measured."""
+        """Where a setting of DeiT-Tiny was measured."""
         return f"CIFAR-10, DeiT-Tiny, {given(self.deit_rows(how).values())}, {how}"
 
     @cached_property
