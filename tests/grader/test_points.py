@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def graded_by(loaded: Sandbox, judge: Judge, outside: Outside, tmp_path: Path) -
 
     yield graded
     loaded.stop()
+
+
+@pytest.fixture
+def time_to_import(loaded: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To import the library takes seconds, on a busy machine more than a cell of these tests has."""
+    monkeypatch.setattr(loaded, "bounds", replace(loaded.bounds, cell=60.0))
 
 
 def lost(graded: Graded) -> set[str]:
@@ -271,12 +278,14 @@ CLAIMS = {
 }
 
 
+@pytest.mark.usefixtures("time_to_import")
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_a_cell_is_not_what_its_metadata_claim(graded_by: Grader, claim: str) -> None:
     graded = graded_by(both(answers("a4", BORROWED), inserted(TAKEN, **CLAIMS[claim])))
     assert lost(graded) == {"a4 visible", "a4 hidden"}
 
 
+@pytest.mark.usefixtures("time_to_import")
 def test_a_plot_may_use_the_library_and_leaves_nothing_of_it(graded_by: Grader) -> None:
     plot = f"{TAKEN}\nplt.plot([1, 2])\nsoftmax.__code__ = (lambda s: s).__code__\nnp.tanh = torch.where = None\ncut = print"
     graded = graded_by(both(answers("a4", BORROWED), answers("a5", plot)))
@@ -490,7 +499,7 @@ def test_a_notebook_that_was_made_to_cost_costs_its_own_marks(graded_by: Grader,
     ids=range(11),
 )
 def test_a_forged_answer_costs_the_judge_little_and_earns_nothing(judge: Judge, data: bytes) -> None:
-    place = {"question": "a1", "hidden": False, "number": 0}
+    place = {"question": "a1", "hidden": False, "number": 0, "quiet": False}
     try:
         said = judge.ask(place, data)[0].get("wrong", "")
     except runs.Ended as ended:
