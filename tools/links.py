@@ -101,7 +101,7 @@ def notebook_links(place: Place | None, path: Path) -> str:
     if path.parent.name == "assignments":
         return MASTER
     if place is None:
-        return "*Run it with `make lab`, all chapters with `make walkthrough`; `make help` lists the rest.*"
+        return "*Run it in JupyterLab or Colab (in the repository: `make lab`).*"
     where = (place.repository, f"notebooks/{path.name}", place.branch)
     return (
         f"[Open in Colab]({stamp.colab(*where)}) · [Open in Binder]({stamp.binder(*where)}) · "
