@@ -81,6 +81,18 @@ def write_sinks(options: argparse.Namespace) -> None:
     print(photographs.write_sinks(options.images, None if options.out is None else Path(options.out)))
 
 
+def run_photographs(options: argparse.Namespace) -> None:
+    """Do, or complete, the study on photographs: results/photographs/, by its plan there."""
+    from pathlib import Path
+
+    from research.photographs import run
+
+    set_threads(options)
+    folder = None if options.out is None else Path(options.out)
+    for path in run.write_parts(options.parts or list(run.PARTS), folder):
+        print(path)
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(prog="python -m research", description="Make, or complete, what results/ holds.")
@@ -119,6 +131,12 @@ def parser() -> argparse.ArgumentParser:
     sinks = add("sinks", write_sinks)
     sinks.add_argument("--images", type=int, default=200, metavar="N", help="photographs (default: 200)")
     sinks.add_argument("--out", metavar="FOLDER", help="where to (default: results/second)")
+
+    photographs = add("photographs", run_photographs)
+    help_parts = "thresholds, finetuned, maps, throughput or tables (default: all, in this order)"
+    photographs.add_argument("--parts", nargs="+", metavar="PART", help=help_parts)
+    photographs.add_argument("--out", metavar="FOLDER", help="where to (default: results/photographs)")
+    add_threads_argument(photographs)
     return whole
 
 
