@@ -46,7 +46,10 @@ class Judge:
     """Has no state: whatever a message leads to, the next one is answered the same."""
 
     def answer(self, asked: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """One message: ``read`` a notebook, ``prepare`` a case, or decide on what was seen of a ``case``."""
+        """One message: ``read`` a notebook, ``prepare`` a case, or decide on what was seen of a ``case``.
+
+        ``quiet`` may be left out: nothing is quoted then.
+        """
         if "read" in asked:
             return self._read(asked["read"], data)
         if "raised" in asked:
@@ -60,7 +63,8 @@ class Judge:
             seen = wire.decode(data)
             decide(about, case, seen if isinstance(seen, dict) else {})
         except Wrong as wrong:
-            return {"wrong": ours(str(wrong), seen, about.name) if asked["quiet"] else str(wrong)[:4000]}, b""
+            quiet = asked.get("quiet", True)
+            return {"wrong": ours(str(wrong), seen, about.name) if quiet else str(wrong)[:4000]}, b""
         except ValueError:
             return {"wrong": f"{about.name}, {case['what']}: what it returns cannot be read"}, b""
         return {}, b""

@@ -209,17 +209,29 @@ class Run:
         self.graded.marks += [marks[test.id] for test in tests]
 
     def test(self, test: Cell) -> tuple[str, str]:
-        """Status and message of one test of one question."""
+        """Status and message of one test of one question.
+
+        What ends a process in which others were asked before is asked again in a fresh one: it may be their doing.
+        """
+        status, message, slow = "", "", self.graded.slow
+        while True:
+            try:
+                self._ready()
+            except Ended as ended:
+                return (status, message) if status else (ended.status, ended.message)
+            # An answer whose cell failed has no name to call, or an older one: the cell's own message says more.
+            failed, said = self.failed.get(test.question, ("", ""))
+            if failed in ("refused", *ENDS):
+                return failed, said
+            alone, self.graded.slow = self.fresh, slow
+            status, message = self._cases(test, said)
+            if status not in ENDS or alone or self.sandbox.running:
+                return status, message
+
+    def _cases(self, test: Cell, said: str) -> tuple[str, str]:
+        """`test`, in the process that is there; ``said``: how the answer's cell failed."""
         about, hidden = self.asked[test.question], test.part == "hidden"
-        cases = masters.hidden_cases(test) if hidden else about.cases
-        try:
-            sandbox = self._ready()
-        except Ended as ended:
-            return ended.status, ended.message
-        # An answer whose cell failed has no name to call, or an older one: the cell's own message says more.
-        status, said = self.failed.get(test.question, ("", ""))
-        if status in ("refused", *ENDS):
-            return status, said
+        cases, sandbox = masters.hidden_cases(test) if hidden else about.cases, self.sandbox
         begun = sandbox.used()
         for number, case in enumerate(cases):
             what = f"{about.name}, {case['what']}: "

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import itertools
 import os
+import secrets
 import select
 import signal
 import socket
@@ -31,6 +32,7 @@ from svit_utils.paths import data_dir, results_dir
 
 _TICK = 0.1
 _NUMBERS = itertools.count()
+BACK = 2.0  # seconds to come back after an answer, which takes milliseconds
 WALL = 5  # seconds in which nothing happens for each of processor time; waiting for a busy machine does not count
 
 
@@ -173,7 +175,23 @@ class Sandbox:
         answer, found = self._take(wire.packed(message, data), seconds, seconds * WALL)
         if what := answer.get("memory"):
             self._end("memory", f"stopped at {self.bounds.memory / 2**30:.2g} GiB of memory: {what}")
+        self._back()
         return answer, found
+
+    def _back(self) -> None:
+        """End it where the process has not come back from what it answered: what is asked next must not pay for that.
+
+        A submission can write to the channel itself. So it is asked for a word that nobody knows before.
+        """
+        word = secrets.token_hex(8)
+        try:
+            said = self._take(wire.packed({"back": word}, b""), BACK, BACK * WALL)
+        except Ended as ended:
+            if ended.status != "time":
+                raise
+            raise Ended("crash", "it answered and did not come to an end", ended.by_clock) from None
+        if said != ({"back": word}, b""):
+            self._end("crash", "it answered more than once")
 
     def _take(self, message: bytes, seconds: float, patience: float) -> tuple[dict[str, Any], bytes]:
         channel, control, got, needed = self._channel, self._control, bytearray(), 1

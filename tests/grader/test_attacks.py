@@ -110,6 +110,11 @@ REFUSED = {
     "memory of the waiting process by ptrace": "fails(libc.ptrace(16, os.getppid(), 0, 0))",
     "memory of the waiting process as a file": "refused(open, f'/proc/{os.getppid()}/mem', 'r+b')",
     "descriptors of the waiting process": "refused(os.listdir, f'/proc/{os.getppid()}/fd')",
+    "the socket of the waiting process": """
+def is_socket(number):
+    try: return stat.S_ISSOCK(os.fstat(number).st_mode)
+    except OSError: return False
+assert sum(map(is_socket, range(3, 128))) == 1""",
     "memory of another process": "fails(libc.process_vm_readv(os.getppid(), bytes(16), 1, bytes(16), 1, 0))",
     "a descriptor of another process": "fails(libc.syscall(438, os.pidfd_open(os.getppid()), 3, 0))",
     "a signal to pid 1": "for s in (2, 15, 9):\n    try: os.kill(1, s)\n    except OSError: pass",

@@ -46,7 +46,10 @@ def graded_by(loaded: Sandbox, judge: Judge, outside: Outside, tmp_path: Path) -
     def graded(change: Change | None = None, path: Path | None = None) -> Graded:
         loaded.stop()
         path = path or submission(tmp_path, "mallory", change)
-        return runs.grade_in(loaded, Submission("mallory", MASTER.stem, path), judge)
+        graded = runs.grade_in(loaded, Submission("mallory", MASTER.stem, path), judge)
+        # A judge that has died of our own message would look like an answer that is wrong.
+        assert not [mark.message for mark in graded.marks if "cannot be judged: the process" in mark.message]
+        return graded
 
     yield graded
     loaded.stop()

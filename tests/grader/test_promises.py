@@ -44,6 +44,9 @@ KEPT: dict[str, tuple[str, ...]] = {
         "test_a_cell_that_fills_the_folder_is_left_out",
         "test_page_tables_that_nobody_counts",
         "test_what_judging_one_submission_may_take_is_limited",
+        "test_a_forged_answer_that_never_returns_costs_no_later_question",
+        "test_a_cell_that_forges_its_end_costs_no_later_cell",
+        "test_what_ends_in_a_process_that_others_have_used_is_asked_again_alone",
     ),
     "What was ended because nothing happened": (
         "test_sleeping_is_ended_by_the_clock",

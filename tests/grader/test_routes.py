@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import time
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 
 from svit_course import notebooks, rule
 from svit_course.grading import reports, runs, submissions
 from svit_course.grading.runs import Graded, Judge, Mark
-from svit_course.sandbox import wire
+from svit_course.sandbox import sandbox, wire
 from svit_course.sandbox.sandbox import Sandbox
 from tests.course.handed_in import MASTER, answers, submission
 from tests.grader.conftest import run
@@ -183,6 +183,51 @@ def attention_torch(q, k, v, tau, plain=attention_torch):
         assert "LEAK" not in text and "73" not in text and "SIG" not in text
 
 
+# ------------------------------------------------------------------------------------------------ what the next question pays
+
+FORGED = wire.encode({"weights": [[0.1] * 4] * 4, "scores": [[1.0] * 4] * 4}).encode()
+
+
+@pytest.mark.parametrize("rest", ["while True: pass", "while True: time.sleep(9)"], ids=["a loop", "sleep"])
+def test_a_forged_answer_that_never_returns_costs_no_later_question(
+    graded_by: Grader,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    rest: str,
+) -> None:
+    """The next question was once asked while the process was still inside this one, and paid for it."""
+    monkeypatch.setattr(sandbox, "BACK", 0.3)
+    body = f"""def softmax(scores):\n    forge(b'{{"origin": []}}', {FORGED!r})"""
+    graded = graded_by(both(inserted(FORGE.replace("while True: time.sleep(9)", rest)), answers("a1", body)))
+    assert lost(graded) == {"a1 visible", "a1 hidden"}, [mark.message for mark in graded.marks]
+    assert "it answered and did not come to an end" in message(graded, "a1", "visible")
+
+
+@pytest.mark.parametrize("rest", ["while True: pass", "while True: time.sleep(9)"], ids=["a loop", "sleep"])
+def test_a_cell_that_forges_its_end_costs_no_later_cell(
+    graded_by: Grader,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    rest: str,
+) -> None:
+    monkeypatch.setattr(sandbox, "BACK", 0.3)
+    graded = graded_by(inserted(FORGE.replace("while True: time.sleep(9)", rest) + "forge(b'{\"missing\": []}')", "a2"))
+    assert lost(graded) == set()
+    assert any("did not come to an end" in note for note in graded.notes)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_an_answer_in_advance_is_not_taken_for_the_next(student: Sandbox, pause: float) -> None:
+    """It is written before its question is asked, so that this one would be answered by the one before."""
+    source = f"{HEAD}{CHANNEL}\nfor _ in range(2):\n    for number in channels(): os.write(number, b'{{\"bytes\": 0}}\\n')\n    time.sleep({pause})"
+    status, said = run(student, source)
+    assert status == "crash" and ("more than once" in said or "cannot be read" in said)
+
+
+def test_what_ends_in_a_process_that_others_have_used_is_asked_again_alone(graded_by: Grader) -> None:  # noqa: F811
+    """An answer that holds and leaves behind what ends the next one."""
+    body = f"def softmax(scores):\n    import os\n    np.maximum = lambda *_: os._exit(7)\n{SOFTMAX}"
+    assert lost(graded_by(answers("a1", body))) == {"a3 visible", "a3 hidden"}  # which calls both at once
+
+
 # ------------------------------------------------------------------------------------------------ room for every question
 
 FILL = """
@@ -309,18 +354,32 @@ def costly() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", costly())
 def test_judging_a_forged_answer_takes_no_minutes(judge: Judge, name: str) -> None:
-    place = {"question": "a1", "hidden": True, "number": 0}
+    """It is judged, within its limits: a judge that dies of the message would be quick, too."""
+    place = {"question": "a1", "hidden": True, "number": 0, "quiet": True}
     begun = judge._sandbox.used() if judge._sandbox.running else 0.0
-    with contextlib.suppress(runs.Ended):
-        judge.ask(place, costly()[name])
+    try:
+        said = judge.ask(place, costly()[name])[0]["wrong"]
+    except runs.Ended as ended:
+        said = ended.status
+    assert said in ("time", "memory") or said.startswith("a1, ")
     assert judge._sandbox.used() - begun < 10
 
 
 @pytest.mark.parametrize("piece", ["it stops with ", " is not written yet", "(", "it fails on inputs of this shape ("])
 def test_reading_a_forged_error_takes_no_minutes(judge: Judge, piece: str) -> None:
     begun = judge._sandbox.used() if judge._sandbox.running else 0.0
-    judge.ask({"raised": piece * (60_000 // len(piece)), "question": "a1", "hidden": True, "number": 0})
+    place = {"question": "a1", "hidden": True, "number": 0}
+    said = judge.ask({"raised": piece * (60_000 // len(piece)), **place})[0]["wrong"]
+    assert said == "it stops with an error"
     assert judge._sandbox.used() - begun < 10
+
+
+def test_a_case_whose_message_says_nothing_of_quoting_is_not_quoted(judge: Judge) -> None:
+    seen = wire.encode({"weights": "LEAK", "scores": np.zeros(3)}).encode()
+    said = [
+        judge.ask({"question": "a1", "hidden": False, "number": 0, **more}, seen) for more in ({}, {"quiet": False})
+    ]
+    assert [("LEAK" in answer["wrong"], answer["wrong"][:3]) for answer, _ in said] == [(False, "a1,"), (True, "a1,")]
 
 
 def test_what_judging_one_submission_may_take_is_limited(
