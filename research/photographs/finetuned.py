@@ -35,8 +35,12 @@ class Setting:
     warmup: float = 0.0
 
 
-SETTINGS = (Setting("dense"), Setting("tau0.01", 0.01), Setting("tau0.01-warmed", 0.01, 0.5))
-SETTINGS += (Setting("tau0.005-warmed", 0.005, 0.5),)
+SETTINGS: tuple[Setting, ...] = (
+    Setting("dense"),
+    Setting("tau0.01", 0.01),
+    Setting("tau0.01-warmed", 0.01, 0.5),
+    Setting("tau0.005-warmed", 0.005, 0.5),
+)
 
 
 def recipe(setting: Setting, seed: int, steps: int = STEPS) -> TrainConfig:

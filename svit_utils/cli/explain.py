@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("which images")
     files = "picture files (transparent parts become white); else PlantedShapes"
     images.add_argument("--images", nargs="+", type=Path, metavar="FILE", help=files)
+    masks = "score the maps against the objects of a file in COCO's format: of --images, else of all that it lists"
+    images.add_argument("--masks", metavar="ANNOTATIONS", help=f"{masks} (no overlays are written then)")
     shared.add_picture_arguments(images)
     images.add_argument(
         "--indices", nargs="+", type=int, default=[0, 1, 2], help="PlantedShapes images (default: 0 1 2)"
@@ -96,7 +98,8 @@ def _class_names(model: Any, card: dict[str, Any]) -> list[str]:
 
 def run(options: argparse.Namespace) -> int:
     """Write the maps; 0, or 2 after a message where the input is at fault."""
-    return shared.exit_status(_run, options, (ValueError, OSError, IndexError))  # the last: --indices out of range
+    # IndexError: --indices out of range; ImportError: --masks without pycocotools
+    return shared.exit_status(_run, options, (ValueError, OSError, IndexError, ImportError))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -113,6 +116,14 @@ def _run(options: argparse.Namespace) -> None:
     if not 0 <= (options.target or 0) < model.num_classes:
         raise ValueError(f"--target must lie in 0 to {model.num_classes - 1}, got {options.target}")
     threshold, empty_rows = shared.describe_attention(model)
+    if options.masks is not None:
+        from svit_utils.cli.masks import score_masks
+
+        prepare = preprocessing(model, card, **shared.picture_options(options))
+        maps, lines = score_masks(options, model, prepare)
+        print(f"{described}, {model.num_classes} classes", *lines, sep="\n")
+        print(f"{shared.as_sentence(threshold)}; {len(maps)} maps: {options.out}")
+        return
     images, shown, masks, labels = _load_images(options, preprocessing(model, card, **shared.picture_options(options)))
     with torch.no_grad():
         chances = model(images).float().softmax(dim=-1)

@@ -28,14 +28,19 @@ def read_picture(path: str | os.PathLike[str]) -> Any:
         DataNotFoundError: no such file, or a folder.
         DamagedDataError: not a picture in one of `FORMATS`, or a broken one; the message names the file.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if os.path.isdir(path):
         raise DataNotFoundError(f"{path} is a folder, and a picture file is expected")
     if not os.path.isfile(path):
         raise DataNotFoundError(f"no such picture: {path}")
+    return decode_picture(path, path)
+
+
+def decode_picture(source: Any, name: object) -> Any:
+    """`read_picture` from a file name or an open binary file; ``name`` is what a DamagedDataError calls it."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(source, formats=FORMATS) as picture:
             picture.load()
             upright: Image.Image = picture
             with suppress(Exception):  # a picture with a damaged EXIF block has no orientation
@@ -43,10 +48,10 @@ def read_picture(path: str | os.PathLike[str]) -> Any:
             return _rgb(upright)
     except UnidentifiedImageError as error:
         raise DamagedDataError(
-            f"cannot read the picture {path}: it is damaged, or none of {', '.join(FORMATS)}"
+            f"cannot read the picture {name}: it is damaged, or none of {', '.join(FORMATS)}"
         ) from error
     except Exception as error:  # a broken file makes Pillow raise almost anything
-        raise DamagedDataError(f"cannot read the picture {path}: {error or type(error).__name__}") from error
+        raise DamagedDataError(f"cannot read the picture {name}: {error or type(error).__name__}") from error
 
 
 def _rgb(picture: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -120,6 +121,22 @@ class Preprocessing:
         way = str_to_interp_mode(self.interpolation)
         steps = [T.RandomResizedCrop(self.size, interpolation=way), T.RandomHorizontalFlip(), T.ToTensor()]
         return T.Compose([*steps, T.Normalize(self.mean, self.std)])
+
+    def on_mask(self, mask: Any) -> Tensor:
+        """A mask, bool [H, W] of a whole picture, as `transform` moves that picture: bool [height, width].
+
+        The same steps of resizing and cropping, on the mask as grey values; True from half on. What is padded is False.
+        """
+        from PIL import Image
+
+        picture = Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255)
+        for step in self.transform().transforms:  # type: ignore[attr-defined]
+            if not hasattr(step, "size"):  # the first that does not move pixels
+                break
+            if hasattr(step, "fill"):
+                step.fill = 0
+            picture = step(picture)
+        return torch.from_numpy(np.asarray(picture) >= 128)
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Back to colours in [0, 1], for display."""
