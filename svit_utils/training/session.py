@@ -24,7 +24,7 @@ from svit_utils.training.order import DataOrder
 from svit_utils.training.outputs import locked, writing
 from svit_utils.training.processes import by_main, start
 from svit_utils.training.recipe import Loss, LossFunction, distinct_thresholds, param_groups, set_tau_share
-from svit_utils.training.sharding import is_sharded, local, spread_like, whole
+from svit_utils.training.sharding import check_mean, is_sharded, local, spread_like, whole
 from svit_utils.weights import save_weights, state_difference
 
 
@@ -81,7 +81,9 @@ class Session:
         self.sharded = is_sharded(model)
         if self.sharded and config.ema_decay is not None:
             raise ValueError("ema_decay does not go with fully_shard, which allows no copy of the model")
-        if not self.sharded:
+        if self.sharded:
+            check_mean(model)
+        else:
             model.to(accelerator.device)
         self.thresholds = distinct_thresholds(model)
         set_tau_share(self.thresholds, 1.0)  # before the copy that becomes the average

@@ -7,12 +7,36 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to the model."""
     return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def check_mean(model: nn.Module) -> None:
+    """Try out whether gradients become the mean over the processes: a layer whose gradient is 1 in each of them.
+
+    With torch 2.7 on CPUs they become the sum, since gloo, which joins the processes there, has no mean; nothing says
+    so.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    own = next(p for p in model.parameters() if hasattr(p, "full_tensor"))
+    layer = nn.Linear(1, 1, bias=False, device=own.device)
+    fully_shard(layer, mesh=own.device_mesh)
+    layer(torch.ones(1, 1, device=own.device)).sum().backward()
+    found = whole(layer.weight.grad).item()
+    if abs(found - 1) > 1e-3:
+        raise ValueError(
+            f"fully_shard in torch {torch.__version__} on {own.device.type} makes the gradient {found:g} times too "
+            "large: take a newer torch, a GPU, or train without fully_shard"
+        )
 
 
 def whole(value: Any) -> Any:

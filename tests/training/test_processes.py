@@ -125,7 +125,10 @@ def worker(folder: Path, again: bool) -> None:
             found["stopped"] = str(stopped)
         one_run(folder / "signalled", "head", 4)
         for per in LEARNED:
-            found[f"sharded {per}"] = sharded_runs(folder / f"sharded {per}", per, rank)
+            try:
+                found[f"sharded {per}"] = sharded_runs(folder / f"sharded {per}", per, rank)
+            except ValueError as error:
+                found["refused"] = str(error)
         (folder / f"rank{rank}.json").write_text(json.dumps(found))
     one_run(folder / "killed", "head", 4, Ends(signal.SIGKILL, active=rank == 1 and not again))
     end()
@@ -182,9 +185,13 @@ def test_the_curve_is_that_of_one_process(together: Any, per: str) -> None:
 def test_a_sharded_model_does_the_same(together: Any, per: str) -> None:
     """With ``fully_shard`` (FSDP2), which refuses parameters without a dimension, as a learned tau once was."""
     folder, ranks = together
+    if torch.__version__.startswith("2.7."):  # on CPUs it sums the gradients where it should take their mean
+        assert all("makes the gradient 2 times too large: take a newer torch" in rank["refused"] for rank in ranks)
+        return
     model, val = micro_vit(per), Noted(VALIDATION)
     result = train(model, Noted(40), val, replace(CONFIG, ema_decay=None), progress=False)
     for rank in ranks:
+        assert "refused" not in rank
         stopped, resumed, in_one_go = rank[f"sharded {per}"]["ends"]
         assert "stopped by SIGTERM after step" in stopped and resumed == in_one_go, "bit for bit"
         for name in ("loss", "val_accuracy", "val_loss"):
