@@ -6,10 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from research.photographs.finetuned import write_finetuned
+from research.photographs.maps import write_maps
+from research.photographs.tables import write_tables
 from research.photographs.thresholds import write_thresholds
+from research.photographs.throughput import write_throughput
 from svit_utils.paths import results_dir
 
-PARTS: dict[str, Callable[[Path], Path]] = {"thresholds": write_thresholds, "finetuned": write_finetuned}
+PARTS: dict[str, Callable[[Path], Path]] = {
+    "thresholds": write_thresholds,
+    "finetuned": write_finetuned,
+    "maps": write_maps,
+    "throughput": write_throughput,
+    "tables": write_tables,
+}
 
 
 def write_parts(parts: Sequence[str], out: Path | None = None) -> list[Path]:

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from research.photographs import finetuned, measured, pictures, run, thresholds
+from research.photographs import finetuned, maps, measured, pictures, run, tables, thresholds, throughput
 from svit_utils import sparsify
-from svit_utils.data import image_folder, preprocessing
-from svit_utils.files import read_rows
-from svit_utils.records import unpack
+from svit_utils.data import CocoPicture, image_folder, preprocessing
+from svit_utils.explain import explain_batch
+from svit_utils.files import read_rows, write_rows
+from svit_utils.records import pack, unpack
+from svit_utils.referee import average_precision
 
 WNIDS = {"n01440764": 0, "n02102040": 217}  # tench, English springer
 
@@ -29,7 +31,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> Any:
         torch.manual_seed(0)
         return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2).eval()
 
-    for module in (thresholds, finetuned):
+    for module in (thresholds, finetuned, maps, throughput):
         monkeypatch.setattr(module, "create_model", build)
     return build
 
@@ -111,3 +113,123 @@ def test_the_recipe_is_the_plans() -> None:
 def test_unknown_parts_are_named() -> None:
     with pytest.raises(ValueError, match="unknown part 'map': the study has thresholds, finetuned"):
         run.write_parts(["map"])
+
+
+def pictures_with_masks(count: int = 5) -> list[CocoPicture]:
+    """Noise of 32 px, each with a square of 16 px and, but for the first, a smaller one; the last has no object."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for k in range(count):
+        masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+        masks[0, 4:20, 4 + 2 * k : 20 + 2 * k] = True
+        masks[1, 24:28, 24:28] = True
+        kept = masks[: 0 if k == count - 1 else 1 + (k > 0)]
+        crowd = torch.zeros(32, 32, dtype=torch.bool)
+        crowd[:, 0] = k == 1
+        labels = torch.zeros(len(kept), dtype=torch.long)
+        found.append(CocoPicture(torch.randn(3, 32, 32, generator=generator), kept, labels, crowd, k))
+    return found
+
+
+def test_a_scene_holds_the_largest_and_everything() -> None:
+    seen = maps.scene(pictures_with_masks())
+    assert len(seen.images) == 4 and [int(mask.sum()) for mask in seen.masks["largest"]] == [256] * 4
+    assert [int(mask.sum()) for mask in seen.masks["all"]] == [256, 256 + 16 + 32, 272, 272]
+    middle = torch.zeros(3, 32, 32, dtype=torch.bool)
+    middle[0, 8:24, 8:24] = middle[1, :8, 8:24] = middle[2, -1, -1] = True
+    expected = [0, 12 / 32, 2**0.5 * 15.5 / 32]
+    assert maps.distance(middle).tolist() == pytest.approx(expected, abs=1e-9)
+    about = seen.about()
+    assert about["largest:share"].tolist() == [0.25] * 4 and set(about["all:off_centre"]) <= {0.0, 1.0}
+
+
+def test_model_scores_by_hand(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svit_utils.explain import attention_maps, displayed
+
+    monkeypatch.setattr(maps, "CHUNK", 3)
+    seen, model = maps.scene(pictures_with_masks()), small_model()
+    scores = maps.model_scores(model, seen, (0.05,))
+    own = explain_batch(model, seen.images, ["attention", "grad_cam"])
+    for name, each in own.items():
+        wanted = average_precision(each, seen.masks["all"]).tolist()
+        assert scores[f"all:{name}:average_precision"].tolist() == pytest.approx(wanted, abs=1e-6)
+    last = list(attention_maps(model, seen.images).values())[-1]
+    drawn = displayed(last, 0.05)[:, :, 0, 1:].mean(dim=1).unflatten(-1, (4, 4))
+    wanted = average_precision(drawn, seen.masks["largest"]).tolist()
+    assert scores["largest:attention_drawn0.05:average_precision"].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert {key.split(":")[1] for key in scores} == {
+        "attention",
+        "rollout",
+        "grad_cam",
+        "attention_drawn0.05",
+        "rollout_drawn0.05",
+    }
+
+
+def test_maps_are_written_once(small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listed(list):  # what `coco` gives
+        pass
+
+    monkeypatch.setattr(maps, "coco", lambda *_args, **_options: Listed(pictures_with_masks()))
+    monkeypatch.setattr(maps.finetuned, "finetuned_model", lambda *_args: None)
+    path = maps.write_maps(tmp_path)
+    rows = read_rows(path)
+    assert [row["model"] for row in rows] == ["baselines", "dense", "tau0.0025", "tau0.005", "tau0.01"]
+    assert {(row["pictures"], row["listed"]) for row in rows} == {("4", "5")}
+    before = path.read_bytes()
+    assert maps.write_maps(tmp_path).read_bytes() == before
+    table = tables.map_table(tmp_path).set_index(["model", "map", "mask", "subset"])
+    centre = table.loc[("baselines", "centre", "largest", "every")]
+    assert np.isnan(centre["minus_centre"]) and centre["pictures"] == 4
+    row = table.loc[("tau0.005", "attention", "all", "every")]
+    dense = table.loc[("dense", "attention", "all", "every")]
+    drawn = table.loc[("dense", "attention_drawn0.005", "all", "every")]
+    for label, other in (("dense", dense), ("drawn", drawn)):
+        expected = row["average_precision"] - other["average_precision"]
+        assert row[f"minus_{label}"] == pytest.approx(expected, abs=2e-4)
+    assert np.isnan(table.loc[("tau0.005", "grad_cam", "all", "every")]["minus_drawn"])
+
+
+def made_up(folder: Path) -> None:
+    """Rows of thresholds, three seeds of two settings, and rates."""
+    right_at = {0.0: 80, 0.01: 40}
+    shares = dict.fromkeys(tables.SHARES, 0.5)
+    rows = []
+    for tau, count in right_at.items():
+        bits = pack(np.arange(100) < count)
+        row = {"tau": tau, "images": 100, "accuracy_of_ten": 0.9, "correct": bits, "probe_correct": bits, **shares}
+        rows.append(row)
+    write_rows(folder / "thresholds.csv", rows[0], rows)
+    rows = []
+    for seed in range(3):
+        for setting, count in (("dense", 90), ("tau0.01", 70 + seed)):
+            row = {"setting": setting, "seed": seed, "images": 100, "correct": pack(np.arange(100) < count), **shares}
+            rows.append(row)
+    write_rows(folder / "finetuned.csv", rows[0], rows)
+    names = [("read from shards", "", ""), ("training", "dense", "bf16"), ("training", "cut", "bf16")]
+    rows = [dict(zip(("what", "attention", "precision"), name)) | {"per_core_second": 10.0} for name in names]
+    write_rows(folder / "throughput.csv", rows[0], rows)
+
+
+def test_tables_of_made_up_rows(tmp_path: Path) -> None:
+    made_up(tmp_path)
+    found = tables.tables(tmp_path)
+    assert sorted(found) == ["finetuned", "imagenet", "thresholds"]
+    cut = found["thresholds"].set_index("tau").loc[0.01]
+    assert (cut["accuracy"], cut["minus_dense"], cut["probe_minus_dense"]) == pytest.approx((0.4, -0.4, -0.4))
+    assert cut["minus_dense_low"] < -0.4 < cut["minus_dense_high"] < -0.25 and cut["tau_times_n"] == pytest.approx(1.97)
+    trained = found["finetuned"].set_index("setting").loc["tau0.01"]
+    assert trained["minus_dense"] == pytest.approx(-0.19) and trained["seeds"] == 3
+    assert trained["minus_dense_low"] < -0.19 < trained["minus_dense_high"]
+    hours = found["imagenet"].set_index(["schedule", "attention"])["training_core_hours"]
+    assert hours["one epoch", "cut"] == pytest.approx(1_281_167 / 10 / 3600)
+    assert hours["DeiT's own schedule", "dense"] == pytest.approx(300 * hours["one epoch", "cut"])
+    first = {path.name: path.read_bytes() for path in tables.write_tables(tmp_path).iterdir()}
+    assert {path.name: path.read_bytes() for path in tables.write_tables(tmp_path).iterdir()} == first
+
+
+def test_rates_are_of_everything(photographs: Path, small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "BATCH", 5)
+    monkeypatch.setattr(throughput, "REPEATS", 1)
+    found = throughput.rates(photographs / pictures.IMAGENETTE)
+    assert all(rate > 0 for rate in found.values()) and len(found) == 2 + 2 * 2 * 2
