@@ -139,8 +139,8 @@ grade: $(STAMP) ## grade a folder of submissions: make grade SUBMISSIONS=folder 
 	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CELL),--cell $(CELL)) $(if $(TOTAL),--total $(TOTAL)) $(if $(MEMORY),--memory $(MEMORY)) $(if $(TRUST),--trust)
 
 .PHONY: totals
-totals: $(STAMP) ## take marks by hand from build/grades/by_hand.csv into the totals and the feedback, without grading
-	$(PY) -m svit_course totals
+totals: $(STAMP) ## take the marks by hand in build/grades/ into the totals and the feedback, without grading (ROSTER=names.csv)
+	$(PY) -m svit_course totals $(if $(ROSTER),--roster "$(ROSTER)")
 
 .PHONY: test-course
 test-course: $(STAMP) ## only the coursework's tests: planted answers, grading, nbgrader

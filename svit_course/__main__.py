@@ -25,7 +25,7 @@ usage: python -m svit_course build|grade|totals ...
 
   build   write what to hand out, the solutions and an nbgrader course to build/course/
   grade   grade a folder of submissions, or one notebook: marks as CSV, feedback as HTML
-  totals  take the marks by hand from by_hand.csv into the totals and the feedback, without grading again
+  totals  take the marks that people gave (by_hand.csv) into the totals and the feedback, without grading again
 
 `python -m svit_course build --help` and `... grade --help` say more."""
 

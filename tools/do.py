@@ -52,7 +52,7 @@ RECIPES: dict[str, str] = {
     "grade": "python -m svit_course grade {SUBMISSIONS!} --jobs {JOBS} [ASSIGNMENT? --assignment {ASSIGNMENT}]"
     " [SECONDS? --seconds {SECONDS}] [CELL? --cell {CELL}] [TOTAL? --total {TOTAL}] [MEMORY? --memory {MEMORY}]"
     " [TRUST? --trust]",
-    "totals": "python -m svit_course totals",
+    "totals": "python -m svit_course totals [ROSTER? --roster {ROSTER}]",
     "test-course": f"{ONE_THREAD} python -m pytest -q tests/course -n {{JOBS}} --dist loadfile",
     "lint": "python -m ruff check .\n"
     "python -m ruff format --check svit_utils svit_course research tests tools benchmarks conftest.py\n"

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from svit_course import notebooks
-from svit_course.grading.reports import marks_by_hand, writable, write_left_out, write_reports
+from svit_course.grading.hand import marks_by_hand
+from svit_course.grading.reports import write_left_out, write_reports
 from svit_course.grading.runs import Graded, Judge, grade, not_graded
 from svit_course.grading.submissions import Submission, find, left_out
+from svit_course.grading.tables import writable
 from svit_course.sandbox import fence
 from svit_course.sandbox.sandbox import WALL, Limits
 

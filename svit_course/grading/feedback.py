@@ -15,7 +15,9 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from svit_course import masters, notebooks, questions
-from svit_course.grading.runs import Graded
+from svit_course.grading.hand import OVERRIDDEN
+from svit_course.grading.runs import Graded, Mark
+from svit_course.grading.tables import number
 from svit_course.grading.texts import as_html
 
 RUBRIC = masters.ASSIGNMENTS / "rubric.md"
@@ -33,6 +35,7 @@ STATUS = {
     "refused": "refused",
     "by hand": "to be marked",
     "marked": "marked by hand",
+    "overridden": "changed by hand",
 }
 
 # What stands between dollars in titles and rubrics.
@@ -80,9 +83,9 @@ pre { background: var(--soft) !important; }
 <tbody>
 {% for mark in question.marks %}
 <tr><td>{{ mark.test }}</td>
-<td class="marks">
-{{- "–" if mark.marks is none else "%g" | format(mark.marks) }} of {{ "%g" | format(mark.out_of) }}</td>
-<td>{{ status.get(mark.status, mark.status) }}{% if mark.message %}: {{ mark.message }}{% endif %}</td></tr>
+<td class="marks">{{ mark | got }}</td>
+<td>{{ status.get(mark.status, mark.status) }}{% if mark.marker %} by {{ mark.marker }}{% endif %}
+{%- if mark.message %}: {{ mark.message }}{% endif %}</td></tr>
 {% endfor %}
 </tbody>
 </table>
@@ -133,8 +136,15 @@ def formulas(text: str) -> Markup:
     return Markup(re.sub(r"\$([^$]+)\$", formula, str(escape(text))))
 
 
+def got(mark: Mark) -> str:
+    """Marks as they stand on the page: what is changed by hand with its sign."""
+    if mark.status == OVERRIDDEN:
+        return f"{mark.marks:+g}"
+    return f"{'–' if mark.marks is None else number(mark.marks)} of {number(mark.out_of)}"
+
+
 _PAGES = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_PAGES.filters["formulas"] = formulas
+_PAGES.filters |= {"formulas": formulas, "got": got}
 _PAGE = _PAGES.from_string(_TEMPLATE)
 
 
@@ -179,7 +189,7 @@ def write_feedback(graded: Graded, folder: Path) -> Path:
         about["elsewhere"] = [(n, graded.origin[n]) for n in asked if graded.origin.get(n, name) != name]
         about["pictures"] = [base64.b64encode(data).decode() for data in graded.pictures.get(name, [])]
         about["rubric"] = rubric().get(name, ()) if by_hand else ()
-        about["full"] = all(mark.marks == mark.out_of for mark in about["marks"])
+        about["full"] = sum(mark.marks or 0 for mark in about["marks"]) >= sum(mark.out_of for mark in about["marks"])
     page = _PAGE.render(
         title=notebooks.title(notebooks.read(masters.master(submission.assignment)), submission.assignment),
         student=submission.student,

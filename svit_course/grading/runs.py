@@ -23,6 +23,7 @@ from svit_course.sandbox.sandbox import Ended, Limits, Sandbox
 
 ENDS = ("time", "memory", "processes", "files", "crash")  # statuses that have ended a process
 TESTS = ("visible", "hidden")
+NO_CODE = "there is no code to run"
 JUDGING = 120.0  # seconds of processor time, of all that a submission returns
 PICTURE, PICTURES = 4 * 2**20, 3  # bytes of a figure; figures of a question
 # Of a hidden case, in place of what the submission had to do with: an exit status, or how far it went.
@@ -37,7 +38,11 @@ HIDDEN_END = {
 
 @dataclass(frozen=True)
 class Mark:
-    """A line of marks.csv. ``status``: ok, wrong, missing, refused, one of `ENDS`, not graded, or by hand."""
+    """A line of marks.csv.
+
+    ``status``: ok, wrong, missing, refused, one of `ENDS`, not graded, or by hand; marked or overridden where people
+    have entered it, ``marker`` by name.
+    """
 
     question: str
     test: str
@@ -45,6 +50,7 @@ class Mark:
     out_of: float
     status: str
     message: str = ""
+    marker: str = ""
 
 
 @dataclass
@@ -197,7 +203,7 @@ class Run:
         marks: dict[str, Mark] = {}
         for test in sorted(tests, key=lambda cell: cell.part == "hidden"):
             if not self.cells:
-                status, message = "missing", "there is no code to run"
+                status, message = "missing", NO_CODE
             elif test.question in ended:  # once is enough: every such end costs a new start
                 status, message = ended[test.question], "not run, because the test before it was ended"
             else:

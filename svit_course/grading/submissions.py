@@ -15,7 +15,10 @@ from svit_course import masters
 
 LARGEST = 512 * 2**20  # bytes of a notebook, outputs included: they are left out before anything else looks at them
 NAME, BYTES = 100, 240  # characters and bytes of a student's name, which becomes that of a folder
-NOT_ITS_NAME = "not the name of an assignment that was handed out"
+NOT_ITS_NAME = "not the name of an assignment that was handed out, nor its cells"
+NOBODYS = "neither a folder nor its name says whose it is"
+NO_NOTEBOOK = "no notebook; ask for the .ipynb file itself"
+TOGETHER = 2.0  # seconds in which files are of one age: archives keep no more
 JOINERS = "\u200c\u200d"  # of some scripts' letters and of emoji: not printable, and harmless
 
 
@@ -37,27 +40,67 @@ class Submission:
 _COPY = re.compile(r"(?:\s*\(\d+\)|[ _-]+(?:copy|kopie|copie|copia)(?:[ _-]?\d+)?)+$", re.IGNORECASE)
 
 
-def _notebooks(folder: Path, stems: Sequence[str]) -> Iterator[tuple[Path, str, str]]:
-    """Each notebook in a folder, whose it is and which assignment: "" where its name does not say."""
-    for path in sorted(folder.rglob("*.ipynb")):
+def _named(path: Path, stems: Sequence[str]) -> tuple[str, str]:
+    """What stands before the assignment in a file's name, and the assignment; "" where the name does not say."""
+    name = _COPY.sub("", path.stem)
+    stem = next((stem for stem in stems if name.endswith(stem)), "")
+    return (name[: len(name) - len(stem)].rstrip("_- ") if stem else ""), stem
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Each file below a folder, and the folder of a student in which it lies, "" where it lies in none."""
+    for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if path.is_symlink() or not path.is_file() or any(part.startswith(".") for part in parts):
+        if path.is_symlink() or not path.is_file() or parts[0] == "__MACOSX" or any(p.startswith(".") for p in parts):
             continue
-        name = _COPY.sub("", path.stem)
-        stem = next((stem for stem in stems if name.endswith(stem)), "")
-        yield path, parts[0] if len(parts) > 1 else name[: len(name) - len(stem)].rstrip("_- ") if stem else "", stem
+        yield path, parts[0] if len(parts) > 1 else ""
 
 
-def left_out(folder: Path) -> list[tuple[str, str]]:
-    """(student, file) of each notebook in a folder that has not the name of an assignment."""
+def _notebooks(folder: Path, stems: Sequence[str]) -> Iterator[tuple[Path, str, str]]:
+    """Each notebook in a folder, whose it is and which assignment: "" where neither its name nor its cells say."""
+    for path, student in _files(folder):
+        if path.suffix == ".ipynb":
+            before, stem = _named(path, stems)
+            yield path, student or before, stem or by_cells(path)
+
+
+def by_cells(path: Path) -> str:
+    """The assignment of which a notebook has half of the questions or more, by the names of its cells; or ""."""
+    try:
+        names = set(re.findall(rb'"(?:id|grade_id)": *"([a-z][0-9]+)(?:-visible)?"', contents(path)))
+    except (OSError, ValueError):
+        return ""
+    for letter, count in Counter(chr(name[0]) for name in names).most_common(1):
+        for master in masters.masters():
+            asked = {cell.question for cell in masters.read_cells(master) if cell.points}
+            if master.stem[0] == letter and 2 * count >= len(asked):
+                return master.stem
+    return ""
+
+
+def left_out(folder: Path) -> list[tuple[str, str, str]]:
+    """(student, file, why) of what was handed in and is not graded: other notebooks, and other files in their place."""
     if not folder.is_dir():
         return []
-    found = _notebooks(folder, [path.stem for path in masters.masters()])
-    return [
-        (canonical(student or path.stem), path.relative_to(folder).as_posix())
-        for path, student, stem in found
-        if not stem or not student
-    ]
+    stems, found, there = (
+        [path.stem for path in masters.masters()],
+        list[tuple[str, str, str]](),
+        set[tuple[str, str]](),
+    )
+    for path, student, stem in _notebooks(folder, stems):
+        there |= {(student, stem), (student, "")}
+        if not stem or not student:
+            why = f"left out: {NOBODYS if stem else NOT_ITS_NAME}"
+            found.append((canonical(student or path.stem), path.relative_to(folder).as_posix(), why))
+    for path, inside in _files(folder):
+        before, stem = _named(path, stems)
+        student = inside or before
+        if path.suffix != ".ipynb" and student and (student, stem) not in there:
+            there.add((student, stem))
+            found.append((canonical(student), path.relative_to(folder).as_posix(), f"left out: {NO_NOTEBOOK}"))
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    empty = folders - {student for student, _ in there} - {"__MACOSX"}
+    return [*found, *((canonical(student), "", "the folder is empty") for student in sorted(empty))]
 
 
 def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[str]]:
@@ -65,8 +108,9 @@ def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[
 
     A notebook in the place of the folder is one submission, see `alone`.
 
-    Looked for: a folder per student with notebooks somewhere below it, named as they were handed out; or notebooks
-    named ``<student>_<assignment>.ipynb`` side by side. Of several for one student and assignment the newest counts.
+    Looked for: a folder per student with notebooks somewhere below it, named as they were handed out, or otherwise and
+    with the cells of an assignment; or notebooks named ``<student>_<assignment>.ipynb`` side by side. Of several for
+    one student and assignment the newest counts, see `newest`.
 
     Args:
         only: ``"b"``: this assignment alone.
@@ -83,16 +127,21 @@ def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[
     wanted = {masters.master(only).stem} if only else set(stems)
     for path, student, stem in _notebooks(folder, stems):
         if not stem or not student:
-            strange.append(f"left out: {path.relative_to(folder)}: {NOT_ITS_NAME}")
+            strange.append(f"left out: {path.relative_to(folder)}: {NOBODYS if stem else NOT_ITS_NAME}")
         elif stem in wanted:
-            found.append(Submission(student, stem, path))
+            renamed = "" if _named(path, stems)[1] else f"{path.name} is taken for {stem} because of its cells"
+            found.append(Submission(student, stem, path, renamed))
     found = _with_keys(found, strange)
     for (student, stem), several in _by_student(found).items():
         if len(several) > 1:
-            newest = max(several, key=lambda s: s.path.stat().st_mtime)
-            which = newest.path.relative_to(folder)
-            noted = replace(newest, note=f"{len(several)} notebooks were handed in; graded is the newest, {which}")
-            found = [noted if s == newest else s for s in found if s not in several or s == newest]
+            chosen = newest([one.path for one in several])
+            which = chosen.relative_to(folder)
+            said = f"{len(several)} notebooks were handed in; graded is the newest, {which}"
+            found = [
+                replace(one, note="; ".join(filter(None, (said, one.note)))) if one.path == chosen else one
+                for one in found
+                if one not in several or one.path == chosen
+            ]
             strange.append(f"{student}: {len(several)} notebooks for {stem}; graded is {which}")
     if not found:
         raise ValueError(
@@ -100,6 +149,16 @@ def find(folder: Path, only: str | None = None) -> tuple[list[Submission], list[
             + "".join(f"\n  {line}" for line in strange)
         )
     return found, strange
+
+
+def newest(paths: Sequence[Path]) -> Path:
+    """The file changed last; of those changed together, as an archive leaves them, the last by name, (10) after (9)."""
+    last = max(path.stat().st_mtime for path in paths)
+
+    def by_name(path: Path) -> list[str]:
+        return [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", str(path.with_suffix("")))]
+
+    return max((path for path in paths if last - path.stat().st_mtime <= TOGETHER), key=by_name)
 
 
 def alone(path: Path, only: str | None = None) -> Submission:

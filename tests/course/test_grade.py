@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from svit_course import Question, Wrong, notebooks
 from svit_course import masters as m
-from svit_course.grading import command, reading, reports, runs, submissions, totals
+from svit_course.grading import command, hand, reading, reports, runs, submissions, tables, totals
 from svit_course.question import decide
 from svit_course.sandbox import wire
 from tests.course.handed_in import MASTER, Change, answers, deletes, sandboxed, submission
@@ -192,7 +192,7 @@ def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: p
     for row in table:
         if row["student"] == "ada" and row["question"] == "a6":
             row["marks"], row["comment"] = "3.5", "=HYPERLINK(1)"
-    reports.write_table(out / "by_hand.csv", reports.BY_HAND, table)
+    tables.write_table(out / "by_hand.csv", hand.BY_HAND, table)
     assert totals.main(["--out", str(out)]) == 0  # without the submissions, and nothing is graded again
     (total,) = [row for row in rows(out / "totals.csv") if row["student"] == "ada"]
     assert (total["by_tests"], total["by_hand"], total["total"]) == ("13", "3.5", "16.5 (not final)")
@@ -205,7 +205,7 @@ def test_marks_by_hand_are_kept_and_counted(graded: tuple[Path, Path], capsys: p
     assert "data:image/png;base64," in page
 
     table[0]["marks"] = "99"
-    reports.write_table(out / "by_hand.csv", reports.BY_HAND, table)
+    tables.write_table(out / "by_hand.csv", hand.BY_HAND, table)
     assert totals.main(["--out", str(out)]) == 2
     assert "marks are a number from 0 to" in capsys.readouterr().err
 
@@ -255,7 +255,8 @@ def test_a_copys_name_is_recognised(tmp_path: Path, suffix: str) -> None:
 
 
 def test_what_is_left_out_has_a_line_in_the_totals(tmp_path: Path) -> None:
-    submission(tmp_path / "in", "ada", name="final version.ipynb")
+    few = deletes(*(f"a{n}{part}" for n in range(1, 5) for part in ("", "-visible")))  # two of six questions
+    submission(tmp_path / "in", "ada", few, "final version.ipynb")
     submission(tmp_path / "in", ".", name="loose.ipynb")
     good = runs.not_graded(submissions.Submission("ben", MASTER.stem, tmp_path / "none"), "a test")
     for _ in range(2):
@@ -267,10 +268,58 @@ def test_what_is_left_out_has_a_line_in_the_totals(tmp_path: Path) -> None:
         ("ben", MASTER.stem),
         ("loose", "loose.ipynb"),
     ]
-    assert all("not the name of an assignment" in table[i]["note"] and not table[i]["total"] for i in (0, 2))
+    assert "not the name of an assignment" in table[0]["note"] and "whose it is" in table[2]["note"]
+    assert not table[0]["total"] and not table[2]["total"]
     (tmp_path / "in" / "loose.ipynb").unlink()
     reports.write_left_out(submissions.left_out(tmp_path / "in"), tmp_path)
     assert len(rows(tmp_path / "totals.csv")) == 2
+
+
+@pytest.mark.parametrize("name", ["homework1_final(2).ipynb", "deep/Untitled.ipynb", "b_the_backward_pass2.ipynb"])
+def test_a_renamed_notebook_is_recognised_by_its_cells(tmp_path: Path, name: str) -> None:
+    path = submission(tmp_path, "ada", name=name)
+    (found,), strange = submissions.find(tmp_path)
+    assert (found.student, found.assignment, found.path) == ("ada", MASTER.stem, path) and not strange
+    assert f"{path.name} is taken for {MASTER.stem}" in found.note
+    assert submissions.left_out(tmp_path) == []
+
+
+def test_of_several_notebooks_the_one_changed_last_counts_and_else_the_last_by_name(tmp_path: Path) -> None:
+    """Archives and learning platforms give all files of a hand-in one time."""
+    names = [f"{MASTER.stem}{end}.ipynb" for end in ("", " (2)", " (10)", " (9)")] + ["early.ipynb"]
+    for number, name in enumerate(names):
+        path = submission(tmp_path, "ada", name=name)
+        os.utime(path, (1e9 if name == "early.ipynb" else 2e9 + number % 2,) * 2)
+    (found,), strange = submissions.find(tmp_path)
+    assert found.path.name == names[2] and "5 notebooks" in found.note and names[2] in strange[0]
+    os.utime(tmp_path / "ada" / "early.ipynb", (2.1e9, 2.1e9))
+    (found,), _ = submissions.find(tmp_path)
+    assert found.path.name == "early.ipynb" and "is taken for" in found.note
+
+
+def test_what_is_no_notebook_is_named_and_no_total_is_made_of_it(tmp_path: Path) -> None:
+    there = {
+        "ada": (MASTER.name, "notes.pdf", "b_the_backward_pass.html"),
+        "ben": ("a.html", "b.html"),
+        "cai": (),
+        "__MACOSX": ("._x.ipynb",),
+        ".git": ("x",),
+    }
+    for student, files in there.items():
+        (tmp_path / student).mkdir()
+        for file in files:
+            (tmp_path / student / file).write_text("x")
+    submission(tmp_path, "ada")
+    (tmp_path / "README.txt").write_text("x")
+    (tmp_path / f"dee_{MASTER.stem}.html").write_text("x")
+    found = {(student, file): why for student, file, why in submissions.left_out(tmp_path)}
+    assert set(found) == {
+        ("ada", "ada/b_the_backward_pass.html"),
+        ("ben", "ben/a.html"),
+        ("cai", ""),
+        ("dee", f"dee_{MASTER.stem}.html"),
+    }
+    assert "ask for the .ipynb" in found["ben", "ben/a.html"] and found["cai", ""] == "the folder is empty"
 
 
 def test_given_cells_come_from_the_master() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from svit_course import masters as m
 from svit_course import rule
-from svit_course.grading import reports, runs, submissions, texts, totals
+from svit_course.grading import hand, reports, runs, submissions, tables, texts, totals
 
 
 def test_only_small_pictures_reach_the_page() -> None:
@@ -47,7 +47,14 @@ def test_half_characters_and_formulas_cost_nobody_a_report(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("student;assignment;question;marks;out_of;comment\n", "no column student"),
+        ("student:assignment:question:marks:out_of:comment\n", "no column student"),
+        ("student;assignment;question;marks;out_of;comment\nada;a;a5;9,5;3;\n", "from 0 to 3"),
+        ("student,assignment,question,marks,out_of,comment\nada,a,a1,2,,\n", "needs a reason"),
+        ("student,assignment,question,marks,out_of,comment\nada,a,a1,2.5,3,copied\n", "from 0 to 2"),
+        (
+            "student,assignment,question,marks,out_of,comment\nada,a,a5,1,3,\nada,a,a5,2,3,\n",
+            "two marks: 1 in .*line 2",
+        ),
         ("student,assignment,question,marks,out_of,comment\nada,a,a5,9,3,\n", "from 0 to 3"),
         ("student,assignment,question,marks,out_of,comment\nada,a,a5,two,3,\n", "from 0 to 3"),
         ("student,assignment,question,marks,out_of,comment\nada,a,a5,1\n", "from 0 to"),
@@ -57,7 +64,7 @@ def test_half_characters_and_formulas_cost_nobody_a_report(tmp_path: Path) -> No
 def test_a_table_that_cannot_be_read_is_refused_before_grading(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "by_hand.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
-        reports.marks_by_hand(tmp_path / "by_hand.csv")
+        hand.marks_by_hand(tmp_path / "by_hand.csv")
 
 
 def test_marks_by_hand_are_added_without_grading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,12 +80,12 @@ def test_marks_by_hand_are_added_without_grading(tmp_path: Path, capsys: pytest.
     expected = {"": ("", "1 (not final)"), "a5": ("2", "3 (not final)"), "a6": ("4.5", "5.5")}
     given = {"": "", "a5": "2", "a6": "2.5"}
     for question, (by_hand, total) in expected.items():
-        table = reports._read(tmp_path / "by_hand.csv")[1]
+        table = tables.read_table(tmp_path / "by_hand.csv")[1]
         for row in table:
             row["marks"] = given[question] if row["question"] == question else row["marks"]
-        reports.write_table(tmp_path / "by_hand.csv", reports.BY_HAND, table)
+        tables.write_table(tmp_path / "by_hand.csv", hand.BY_HAND, table)
         assert totals.main(["--out", str(tmp_path)]) == 0
-        (line,) = reports._read(tmp_path / "totals.csv")[1]
+        (line,) = tables.read_table(tmp_path / "totals.csv")[1]
         assert (line["by_tests"], line["by_hand"], line["total"], line["flags"]) == ("1", by_hand, total, "a4: exec")
     page = (tmp_path / "feedback" / "ada" / f"{about.assignment}.html").read_text(encoding="utf-8")
     assert "5.5 of 8 marks" in page and base64.b64encode(picture).decode() in page and "Because." in page
@@ -121,7 +128,8 @@ def test_a_short_line_without_marks_is_no_harm(tmp_path: Path) -> None:
     (tmp_path / "by_hand.csv").write_text(
         "student,assignment,question,marks,out_of,comment\nada,a,a5\n", encoding="utf-8"
     )
-    assert reports.marks_by_hand(tmp_path / "by_hand.csv")["ada", "a", "a5"]["marks"] == ""
+    (row,) = hand.marks_by_hand(tmp_path / "by_hand.csv").joined.values()
+    assert (row["student"], row["assignment"], row["marks"]) == ("ada", m.master("a").stem, "")
 
 
 @pytest.mark.parametrize("source", ["x=" + "-" * 20_000, "a" + ".b" * 20_000, "1" + "+1" * 100_000, "'\ud800'", "\x00"])

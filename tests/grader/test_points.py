@@ -25,7 +25,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from svit_course import ASSIGNMENTS, notebooks, questions
 from svit_course import masters as m
-from svit_course.grading import command, probes, reading, reports, runs, submissions
+from svit_course.grading import command, hand, probes, reading, reports, runs, submissions, tables
 from svit_course.grading.judge import ours, unquoted
 from svit_course.grading.runs import Graded, Judge, Mark
 from svit_course.grading.submissions import Submission
@@ -636,7 +636,7 @@ def test_marks_by_hand_stay_whatever_the_name(tmp_path: Path, name: str) -> None
     table = rows(tmp_path / "out" / "by_hand.csv")
     table[0]["marks"] = "3"
     table[0]["student"] = table[0]["student"].replace("Zoë", "Zoe\u0308")  # as another file system would have it
-    reports.write_table(tmp_path / "out" / "by_hand.csv", reports.BY_HAND, table)
+    tables.write_table(tmp_path / "out" / "by_hand.csv", hand.BY_HAND, table)
     reports.write_reports([graded()], tmp_path / "out")
     (total,) = rows(tmp_path / "out" / "totals.csv")
     assert total["by_hand"] == "3"

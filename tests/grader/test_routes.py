@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from svit_course import notebooks, rule
-from svit_course.grading import reports, runs, submissions
+from svit_course.grading import hand, reports, runs, submissions, tables
 from svit_course.grading.runs import Graded, Judge, Mark
 from svit_course.sandbox import sandbox, wire
 from svit_course.sandbox.sandbox import Sandbox
@@ -445,10 +445,10 @@ def test_marks_by_hand_stay_for_names_that_a_table_would_change(tmp_path: Path, 
         return [Graded(one, [Mark("a5", "by hand", None, 3.0, "by hand")]) for one in found]
 
     reports.write_reports(everybody(), tmp_path / "out")
-    table = reports._read(tmp_path / "out" / "by_hand.csv")[1]
+    table = tables.read_table(tmp_path / "out" / "by_hand.csv")[1]
     for row in table:
         row["marks"] = "3"
-    reports.write_table(tmp_path / "out" / "by_hand.csv", reports.BY_HAND, table)
+    tables.write_table(tmp_path / "out" / "by_hand.csv", hand.BY_HAND, table)
     reports.write_reports(everybody(), tmp_path / "out")
     assert [row["by_hand"] for row in rows(tmp_path / "out" / "totals.csv")] == ["3", "3"]
     assert len(list((tmp_path / "out" / "feedback").rglob("*.html"))) == 2
