@@ -6,7 +6,19 @@ from typing import Any
 
 from svit_utils.cli import options as shared
 
-METHODS = ("attention", "attention_heads", "rollout", "grad_cam", "layer_grad_cam")  # those of `svit_utils.explain`
+USUAL = ("attention", "rollout", "grad_cam", "layer_grad_cam")
+METHODS = (  # those of `svit_utils.explain`, which would take seconds to import
+    "attention",
+    "attention_heads",
+    "rollout",
+    "grad_cam",
+    "layer_grad_cam",
+    "gradient_attention",
+    "gradient_rollout",
+    "relevance",
+    "occlusion",
+    "integrated_gradients",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--split", default="test", choices=("train", "val", "test"), help="PlantedShapes images (default: %(default)s)"
     )
-    usual = [name for name in METHODS if name != "attention_heads"]
-    parser.add_argument("--methods", nargs="+", default=usual, choices=METHODS, help=f"(default: {' '.join(usual)})")
-    parser.add_argument("--target", type=int, help="the class Grad-CAM explains (default: the predicted one)")
+    parser.add_argument("--methods", nargs="+", default=USUAL, choices=METHODS, help=f"(default: {' '.join(USUAL)})")
+    parser.add_argument(
+        "--target",
+        type=int,
+        help="the class to explain (default: the predicted one); attention and rollout are the same for every class",
+    )
     out = Path("maps.safetensors")
     parser.add_argument("--out", type=Path, default=out, help=".safetensors or .npz (default: %(default)s)")
     parser.add_argument("--no-overlays", action="store_true", help="write no picture per image and method")
@@ -106,7 +121,7 @@ def _run(options: argparse.Namespace) -> None:
     import torch
 
     from svit_utils.data import preprocessing
-    from svit_utils.explain import explain_batch
+    from svit_utils.explain import explain
     from svit_utils.show import explanation_grid, export_maps, figure_png
 
     if options.out.suffix not in (".safetensors", ".npz"):
@@ -129,7 +144,7 @@ def _run(options: argparse.Namespace) -> None:
         chances = model(images).float().softmax(dim=-1)
     predicted = chances.argmax(dim=-1).tolist()
     targets = predicted if options.target is None else [options.target] * len(images)
-    maps = explain_batch(model, images, methods=options.methods, targets=targets)
+    maps = {method: explain(model, images, method, targets) for method in options.methods}
     names = _class_names(model, card)
     metadata = {
         "checkpoint": options.checkpoint,

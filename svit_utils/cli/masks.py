@@ -62,12 +62,12 @@ def _scored(options: argparse.Namespace, model: Any, found: list[Any]) -> tuple[
     """(maps by method, rows) of some (name, picture)."""
     import torch
 
-    from svit_utils.explain import explain_batch
+    from svit_utils.explain import explain
     from svit_utils.referee import centre_maps, edge_maps, localisation_scores, random_maps
 
     images = torch.stack([picture.image for _, picture in found])
     targets = None if options.target is None else [options.target] * len(images)
-    maps = explain_batch(model, images, methods=options.methods, targets=targets)
+    maps = {method: explain(model, images, method, targets) for method in options.methods}
     flat = {method: each.mean(dim=1) if each.ndim == 4 else each for method, each in maps.items()}
     size = next(iter(flat.values())).shape[-2:]
     noise = torch.cat([random_maps(1, size, seed=picture.number) for _, picture in found])

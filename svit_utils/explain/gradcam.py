@@ -23,12 +23,14 @@ from svit_utils.explain.model_state import (
     Targets,
     at_least_single,
     check_differentiable,
-    explained_classes,
+    explained_scores,
     in_precision_of,
     only_input_gradients,
     traceable,
+    unreached,
     unwrap,
 )
+from svit_utils.explain.passing import in_backward
 
 # A module of the model, its name, the index of a block for the place before its attention, or None for the last block.
 Layer: TypeAlias = nn.Module | str | int | None
@@ -42,7 +44,7 @@ def default_layer(model: nn.Module) -> nn.Module:
     is neither. After its last attention, a model with a class-token head never mixes tokens again: the gradient on the
     patch tokens there is exactly zero. Pooled models would allow a later layer; the same place keeps maps comparable.
     """
-    return _place_of(unwrap(model), None).module
+    return layer_place(unwrap(model), None).module
 
 
 def _before_attention(found: dict[str, Place], index: int) -> str:
@@ -57,7 +59,7 @@ def _before_attention(found: dict[str, Place], index: int) -> str:
     return f"blocks.{index - 1}"
 
 
-def _place_of(model: nn.Module, layer: Layer) -> Place:
+def layer_place(model: nn.Module, layer: Layer) -> Place:
     """The place in the model that `layer` names, or ValueError."""
     found = places(model)
     if isinstance(layer, str) and layer and layer in found:
@@ -101,13 +103,12 @@ def _explain(
     library: Callable[..., Tensor | None], model: nn.Module, x: Tensor, targets: Targets, layer: Layer, relu: bool
 ) -> Tensor:
     model = unwrap(model)
-    grid, place = token_grid(model, x), _place_of(model, layer)
+    grid, place = token_grid(model, x), layer_place(model, layer)
     check_differentiable(model)
 
     def scores(logits: Any) -> Tensor:
         place.call(tap.calls)
-        classes = explained_classes(logits, targets, len(x))
-        chosen = logits[range(len(x)), classes]
+        chosen = explained_scores(logits, targets, len(x))
         if not chosen.requires_grad:
             raise ValueError(f"no gradient of the score reaches {place}: {type(model).__name__} computes without them")
         return chosen
@@ -142,17 +143,14 @@ class _Tap(nn.Identity):
 
     def divert(self, _module: nn.Module, _args: object, tokens: Tensor) -> Tensor | None:
         """The layer's forward hook."""
-        if torch._C._current_graph_task_id() != -1:
-            return None  # inside a backward pass: gradient checkpointing repeats a call that was counted
+        if in_backward():
+            return None
         self.calls += 1
         if self.calls > 1 + (self.place.index or 0):
             return None
         patches = tokens_to_grid(tokens, self.grid)
         if not patches.requires_grad:
-            raise ValueError(
-                f"no gradient reaches {self.place}: it runs under torch.no_grad(), or in gradient checkpointing, which "
-                f"keeps gradients with use_reentrant=False"
-            )
+            raise unreached(self.place)
         patches = self(at_least_single(patches))
         patches.register_hook(self.gradients.append)  # the very gradient that both libraries average
         patches = patches.to(tokens.dtype).flatten(2).transpose(1, 2)  # [B, h*w, C]

@@ -31,18 +31,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def traceable(model: nn.Module, x: Any) -> Iterator[None]:
-    """For the body of the `with`, nothing runs compiled: compiled code does not see hooks that are added later.
-
-    Where timm refuses the size of the images `x`, its AssertionError becomes a ValueError.
-    """
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # where nothing imported the compiler, nothing is compiled
-            stack.enter_context(exclusive(torch.compiler))  # the next line sets it for all threads
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    """`uncompiled`; where timm refuses the size of the images `x`, its AssertionError becomes a ValueError."""
+    with uncompiled():
         try:
             yield
         except AssertionError as error:
             raise ValueError(f"{type(model).__name__} refuses images of shape {tuple(x.shape)}: {error}") from error
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """For the body of the `with`, nothing runs compiled: compiled code does not see hooks that are added later."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # where nothing imported the compiler, nothing is compiled
+            stack.enter_context(exclusive(torch.compiler))  # the next line sets it for all threads
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def check_differentiable(model: nn.Module) -> None:
@@ -115,6 +119,19 @@ def whole_number(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def explained_scores(logits: Any, targets: Targets, images: int) -> Tensor:
+    """The logit [B] of each image's class, see `explained_classes`."""
+    return logits[range(images), explained_classes(logits, targets, images)]
+
+
+def unreached(place: object) -> ValueError:
+    """The error for a place in the model that no gradient reaches."""
+    return ValueError(
+        f"no gradient reaches {place}: it runs under torch.no_grad(), or in gradient checkpointing, which keeps "
+        f"gradients with use_reentrant=False"
+    )
 
 
 def explained_classes(logits: Any, targets: Targets, images: int) -> list[int]:

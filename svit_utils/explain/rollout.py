@@ -27,6 +27,13 @@ def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: floa
     residual 0) stays zero. Half precision is widened to float32. Raises ValueError for other settings, and maps that
     are not square and of one size.
     """
+    steps = rollout_factors(maps, head_fusion, residual)
+    with no_autocast(maps[0].device.type):
+        return reduce(lambda rolled, step: step @ rolled, steps)  # later layers from the left
+
+
+def rollout_factors(maps: list[Tensor], head_fusion: str = "mean", residual: float = 0.5) -> list[Tensor]:
+    """The factors A_1, A_2, ... [B, N, N] of `rollout_matrix`, whose arguments and errors it has."""
     if not maps:
         raise ValueError("rollout needs the map of at least one layer")
     if not 0.0 <= residual < 1.0:
@@ -43,10 +50,10 @@ def rollout_matrix(maps: list[Tensor], head_fusion: str = "mean", residual: floa
             step = (1.0 - residual) * _FUSIONS[head_fusion](weights, dim=1) + residual * identity  # [B, N, N]
             total = step.sum(dim=-1, keepdim=True)
             steps.append(step / torch.where(total > 0, total, torch.ones_like(total)))
-        return reduce(lambda rolled, step: step @ rolled, steps)  # later layers from the left
+    return steps
 
 
-def _steps(model: nn.Module, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+def layer_steps(model: nn.Module, maps: dict[str, Tensor]) -> dict[str, Tensor]:
     """Layer or block -> the weights [B, H, N, N] that it adds to the tokens at once, first step first.
 
     Attention that runs in parallel, as in timm's `ParallelThingsBlock`, adds up: it is one attention with the heads of
@@ -80,6 +87,6 @@ def attention_rollout(
     """
     with pooling_weights(model) as pooled:
         maps, grid = maps_on_grid(model, x)
-    steps = _steps(unwrap(model), maps)
+    steps = layer_steps(unwrap(model), maps)
     start = find_layer(start_layer, list(steps))
     return read_out(rollout_matrix(list(steps.values())[start:], head_fusion, residual), model, grid, *pooled)

@@ -28,7 +28,8 @@ def faithfulness_scores(
     """The scores of finished maps, with default settings: name -> [B]; about 60 forward passes per image.
 
     `deletion` (lower is better), `insertion` (higher), `road` (higher), `infidelity` (lower), and `sparseness`, which
-    is no measure of quality. `max_sensitivity` is not among them: it has to compute the map again.
+    is no measure of quality. `max_sensitivity` is not among them, which has to compute the map
+    again, nor is `saco`: the recorded studies were scored with these.
     """
     check_maps(maps, x)
     with evaluating(model):

@@ -233,3 +233,15 @@ def test_impossible_combinations(arguments, message, tmp_path, capsys):
     assert invoke(*arguments, "--out", str(tmp_path / "m.npz")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["gradient_attention", "gradient_rollout", "relevance", "integrated_gradients"])
+def test_one_method_by_its_name(method, tmp_path, capsys):
+    out = tmp_path / "m.npz"
+    assert invoke("--method", method, "--indices", "0", "--target", "3", "--no-overlays", "--out", str(out)) == 0
+    maps, note = read(out)
+    assert list(maps) == [method] and maps[method].shape == (1, 14, 14) and np.ptp(maps[method]) > 0
+    assert note["targets"] == [3] and "1 maps of 1 images" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        invoke("--method", "lime")
+    assert "relevance" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def annotations(tmp_path: Path) -> Path:
 
 
 def test_scores_are_those_of_the_masks(annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from svit_utils.explain import explain_batch
+    from svit_utils.explain import explain
     from svit_utils.models import load_embedded
     from svit_utils.referee import average_precision
 
@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_masks(annotations: Path, tmp_path: Path, capsys
     model = load_embedded("planted_dense_seed0")
     data = coco(annotations, prepare=preprocessing(model, card))
     images = torch.stack([data[k].image for k in range(4)])
-    maps = explain_batch(model, images, ["attention"])["attention"]
+    maps = explain(model, images, "attention")
     for what, masks in {
         "largest": SHAPES.batch(4).masks,
         "all": torch.stack([data[k].everything() for k in range(4)]),

@@ -14,7 +14,7 @@ from svit_utils.explain import (
     attention_maps,
     attention_rollout,
     class_attention,
-    explain_batch,
+    explain,
     grad_cam,
     layer_grad_cam,
     readout_rows,
@@ -156,7 +156,7 @@ def test_families_without_one_grid_are_refused_by_every_method(name):
         model = timm.create_model(name, **NO_GRID[name])
     for method in METHODS:
         with pytest.raises(ValueError, match=rf"{type(model).__name__}|tokens|read"):
-            explain_batch(model, torch.zeros(1, 3, 224, 224, device="meta"), [method])
+            explain(model, torch.zeros(1, 3, 224, 224, device="meta"), method)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,11 @@ def test_families_without_one_grid_are_refused_by_every_method(name):
 def test_families_whose_blocks_hold_other_tokens_say_so(name, kwargs):
     model = sharp(timm.create_model(name, img_size=32, patch_size=8, num_classes=5, **kwargs))
     for method in METHODS:
+        if method in ("occlusion", "integrated_gradients") and name == "cait_xxs24_224":
+            assert explain(model, pictures(), method).shape == (2, 4, 4)  # these look at no token, and need none
+            continue
         with pytest.raises(ValueError, match=r"expected tokens|no attention whose map can be read|token grid"):
-            explain_batch(model, pictures(), [method])
+            explain(model, pictures(), method)
 
 
 OTHER_TOKENS = {
@@ -229,7 +232,7 @@ def test_a_padded_image_has_the_patches_of_the_padding():
 @pytest.mark.parametrize("name", ["vit_small_patch16_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"])
 def test_images_of_a_wrong_size_are_named(name, method):
     with pytest.raises(ValueError, match=r"\(2, 3, 40, 48\)"):
-        explain_batch(small(name), pictures(2, 40, 48), [method])
+        explain(small(name), pictures(2, 40, 48), method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,7 +249,7 @@ def test_images_of_a_wrong_size_are_named(name, method):
 )
 def test_what_is_no_batch_of_images_is_refused(x, method):
     with pytest.raises(ValueError, match="images must be"):
-        explain_batch(small("vit_small_patch16_224"), x, [method])
+        explain(small("vit_small_patch16_224"), x, method)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -255,7 +258,7 @@ def test_a_batch_of_no_images_gives_no_maps(name, sparse):
     model = small(name)
     if sparse:
         sparsify(model, 0.02)
-    maps = explain_batch(model, pictures(0, 32, 48), list(METHODS))
+    maps = {method: explain(model, pictures(0, 32, 48), method) for method in METHODS}
     assert {method: tuple(value.shape) for method, value in maps.items()} == {
         method: (0, 3, 4, 6) if method == "attention_heads" else (0, 4, 6) for method in METHODS
     }

@@ -21,7 +21,7 @@ from svit_utils.explain import (
     attention_rollout,
     class_attention,
     default_layer,
-    explain_batch,
+    explain,
     grad_cam,
     layer_grad_cam,
 )
@@ -168,9 +168,7 @@ def test_maps_of_half_precision(dtype):
 
 def test_double_images_for_a_single_precision_model(model):
     for method in METHODS:
-        torch.testing.assert_close(
-            explain_batch(model, X.double(), [method], 1)[method], explain_batch(model, X, [method], 1)[method]
-        )
+        torch.testing.assert_close(explain(model, X.double(), method, 1), explain(model, X, method, 1))
 
 
 def test_norms_in_single_precision_do_not_decide_the_images_type():
@@ -212,14 +210,14 @@ SURROUNDINGS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", SURROUNDINGS)
 def test_inside_and_from_every_gradient_mode(mode, method, model):
-    expected = explain_batch(model, X, [method], 1)[method]
+    expected = explain(model, X, method, 1)
     with SURROUNDINGS[mode]():
         made_inside = X * 1
-        inside = explain_batch(model, made_inside, [method], 1)[method]
-        predicted = explain_batch(model, made_inside, [method])[method]
+        inside = explain(model, made_inside, method, 1)
+        predicted = explain(model, made_inside, method)
     torch.testing.assert_close(inside.clone(), expected)
-    torch.testing.assert_close(explain_batch(model, made_inside, [method], 1)[method], expected)
-    torch.testing.assert_close(predicted.clone(), explain_batch(model, X, [method])[method])
+    torch.testing.assert_close(explain(model, made_inside, method, 1), expected)
+    torch.testing.assert_close(predicted.clone(), explain(model, X, method))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -297,9 +295,7 @@ def test_compiled_models(how, ran, model):
         assert backend.runs
     backend.runs = 0
     for method in METHODS:
-        torch.testing.assert_close(
-            explain_batch(other, X, [method], 1)[method], explain_batch(model, X, [method], 1)[method]
-        )
+        torch.testing.assert_close(explain(other, X, method, 1), explain(model, X, method, 1))
     layers = list(attention_maps(other, X).values())
     for got, weights in zip(layers, attention_maps(model, X).values(), strict=True):
         torch.testing.assert_close(got, weights)
@@ -339,9 +335,7 @@ def test_wrappers(kind, method, model):
         "average": lambda: torch.optim.swa_utils.AveragedModel(model),
         "data parallel of compiled": lambda: nn.DataParallel(torch.compile(model, backend="eager")),
     }[kind]()
-    torch.testing.assert_close(
-        explain_batch(wrapped, X, [method], 1)[method], explain_batch(model, X, [method], 1)[method]
-    )
+    torch.testing.assert_close(explain(wrapped, X, method, 1), explain(model, X, method, 1))
 
 
 LAYERS = {
@@ -393,7 +387,7 @@ def test_layers_of_another_model_or_kind(cam, model):
 @pytest.mark.parametrize("kind", [k for k in UNKNOWN if k not in ("list",)])
 def test_unknown_layers_of_the_maps(kind, model):
     layer = UNKNOWN[kind]
-    for explain in (
+    for ask in (
         lambda: attention_maps(model, X, layers=layer),
         lambda: attention_maps(model, X, layers=[layer]),
         lambda: class_attention(model, X, layer=layer),
@@ -402,7 +396,7 @@ def test_unknown_layers_of_the_maps(kind, model):
         with pytest.raises(
             ValueError, match=r"unknown attention layer .*: allowed are indices -3 to 2 and the names blocks\.0"
         ):
-            explain()
+            ask()
 
 
 @pytest.mark.parametrize("layer", [1, -2, "blocks.1.attn", "blocks.1", np.int64(1), torch.tensor(1)], ids=repr)
@@ -425,8 +419,11 @@ def test_one_layer_where_one_is_asked_for(model):
         attention_maps(model, X, layers=[])
 
 
-def test_a_method_may_be_given_by_its_name(model):
-    assert list(explain_batch(model, X, "rollout")) == ["rollout"]
+def test_a_methods_own_options(model):
+    got = explain(model, X, "rollout", residual=0.2, start_layer=1)
+    torch.testing.assert_close(got, attention_rollout(model, X, residual=0.2, start_layer=1))
+    with pytest.raises(ValueError, match="rollout has no option 'layer': allowed are head_fusion, residual, start_l"):
+        explain(model, X, "rollout", layer=1)
 
 
 class Tokens(nn.Module):

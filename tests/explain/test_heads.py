@@ -14,7 +14,7 @@ from torch import nn
 
 from svit_utils import sparsify
 from svit_utils.attention import sparse_modules
-from svit_utils.explain import attention_rollout, class_attention, explain_batch, readout_rows, token_grid
+from svit_utils.explain import attention_rollout, class_attention, explain, readout_rows, token_grid
 from tests.explain.by_hand import TINY, calls, check_rollout, even, pictures, sharp, tiny
 
 X = pictures()
@@ -129,11 +129,11 @@ REFUSED = {
 def test_a_head_without_one_weighting_is_refused(name):
     build, kwargs = REFUSED[name]
     model = build(**kwargs)
-    for explain in (attention_rollout, class_attention):
+    for method in (attention_rollout, class_attention):
         with pytest.raises(ValueError, match=rf"{type(model).__name__} .*global_pool={kwargs['global_pool']!r}.*rows"):
-            explain(model, X)
+            method(model, X)
     if name != "none" and name != "eva none":  # Grad-CAM follows the score itself, whatever the head does
-        assert explain_batch(model, X, ["grad_cam"])["grad_cam"].shape == (2, 4, 4)
+        assert explain(model, X, "grad_cam").shape == (2, 4, 4)
 
 
 class OwnHead(VisionTransformer):
@@ -152,9 +152,9 @@ class OwnPool(VisionTransformer):
 @pytest.mark.parametrize("kind", [OwnHead, OwnPool])
 def test_a_head_of_the_users_own_is_refused(kind):
     model = sharp(kind(**TINY))
-    for explain in (attention_rollout, class_attention):
+    for method in (attention_rollout, class_attention):
         with pytest.raises(ValueError, match=rf"{kind.__name__} .*rows"):
-            explain(model, X)
+            method(model, X)
 
 
 class Encoder(nn.Module):

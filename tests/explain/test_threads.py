@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from research.zeros import value_path_certificate
 from svit_utils import TokenSparsityTracker, densify, sparsified, sparsify
-from svit_utils.explain import METHODS, attention_maps, attention_rollout, explain_batch, grad_cam, layer_grad_cam
+from svit_utils.explain import METHODS, attention_maps, attention_rollout, explain, grad_cam, layer_grad_cam
 from svit_utils.referee import (
     deletion_curve,
     faithfulness_scores,
@@ -132,7 +132,7 @@ SEEN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "attention_rollout": attention_rollout,
     "grad_cam": lambda m, x: grad_cam(m, x, relu=False),
     "layer_grad_cam": lambda m, x: layer_grad_cam(m, x, 2, relu=False),
-    "explain_batch": lambda m, x: explain_batch(m, x, tuple(METHODS)),
+    "explain": lambda m, x: [explain(m, x, method) for method in METHODS],
     "sparsified": cut,
     "evaluate": evaluated,
     "deletion_curve": lambda m, x: deletion_curve(m, x, maps(m, x), steps=3),
