@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from research.photographs import finetuned, maps, measured, pictures, run, tables, thresholds, throughput
 from svit_utils import sparsify
 from svit_utils.data import CocoPicture, image_folder, preprocessing
-from svit_utils.explain import explain_batch
+from svit_utils.explain import explain
 from svit_utils.files import read_rows, write_rows
 from svit_utils.records import pack, unpack
 from svit_utils.referee import average_precision
@@ -149,7 +149,7 @@ def test_model_scores_by_hand(small_model: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(maps, "CHUNK", 3)
     seen, model = maps.scene(pictures_with_masks()), small_model()
     scores = maps.model_scores(model, seen, (0.05,))
-    own = explain_batch(model, seen.images, ["attention", "grad_cam"])
+    own = {name: explain(model, seen.images, name) for name in ("attention", "grad_cam")}
     for name, each in own.items():
         wanted = average_precision(each, seen.masks["all"]).tolist()
         assert scores[f"all:{name}:average_precision"].tolist() == pytest.approx(wanted, abs=1e-6)
