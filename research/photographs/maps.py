@@ -114,10 +114,9 @@ def models() -> dict[str, Callable[[], nn.Module | None]]:
     """Every model of the plan by name; None where it is trained and its weights are not here."""
     settings = {setting.name: setting for setting in finetuned.SETTINGS}
     found: dict[str, Callable[[], nn.Module | None]] = {"dense": lambda: create_model(MODEL, pretrained=True).eval()}
-    found |= {f"tau{tau:g}": cut(tau) for tau in CUT}
     for name in TRAINED:
         found[f"{name}-trained"] = lambda name=name: finetuned.finetuned_model(settings[name], 0)  # type: ignore[misc]
-    return found
+    return found | {f"tau{tau:g}": cut(tau) for tau in CUT}
 
 
 def write_maps(out: Path) -> Path:

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from research.second.sinks import sink_table
 from svit_utils.attention import TokenSparsityTracker, sparse_modules
+from svit_utils.training.evaluation import autocast
 
 CHUNK = 25  # pictures at a time
-EVERY = 5  # sparsity and sinks are measured on every fifth picture
 SHARES = ("applied_sparsity", "cut_sparsity", "empty_rate", "kept_mass", "effective_support")
 PENALTY = 0.005  # of the probe, times the squared weights
 
@@ -23,18 +23,19 @@ def stacked(data: Dataset, places: range) -> Tensor:
     return torch.stack([data[place][0] for place in places])
 
 
-def attention_shares(model: nn.Module, data: Dataset) -> dict[str, Any]:
-    """Sparsity and the heaviest column's share of all attention mass, on every fifth picture.
+def attention_shares(model: nn.Module, data: Dataset, every: int = 5) -> dict[str, Any]:
+    """Sparsity and the heaviest column's share of all attention mass.
 
     Args:
         model: dense or sparse; of a dense one only the sinks are measured.
         data: of (image, label).
+        every: which pictures: every so many.
 
     Returns:
         ``applied_sparsity``, ``cut_sparsity``, ``empty_rate``, ``kept_mass``, ``effective_support`` (empty for a dense
         model), ``sink_mean`` and ``sink_max`` (over the layers), and ``tracked``, the number of pictures.
     """
-    places = range(0, len(data), EVERY)  # type: ignore[arg-type]
+    places = range(0, len(data), every)  # type: ignore[arg-type]
     found: dict[str, Any] = dict.fromkeys(SHARES, "")
     images = stacked(data, places)
     if sparse_modules(model):
@@ -53,13 +54,14 @@ def attention_shares(model: nn.Module, data: Dataset) -> dict[str, Any]:
 
 @torch.no_grad()
 def answers(model: nn.Module, data: Dataset) -> tuple[Tensor, Tensor]:
-    """(features [n, C] that the classifier reads, logits [n, classes]) of all pictures, in float32."""
+    """(features [n, C] that the classifier reads, logits [n, classes]) of all pictures; bf16, the cut in float32."""
     features, logits = [], []
     for start in range(0, len(data), CHUNK):  # type: ignore[arg-type]
         x = stacked(data, range(start, min(start + CHUNK, len(data))))  # type: ignore[arg-type]
-        pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
-        features.append(pooled)
-        logits.append(model.get_classifier()(pooled))  # type: ignore[operator]
+        with autocast("cpu", "bf16"):
+            pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
+        features.append(pooled.float())
+        logits.append(model.get_classifier()(pooled.float()))  # type: ignore[operator]
     return torch.cat(features), torch.cat(logits)
 
 

@@ -22,6 +22,7 @@ from svit_utils.records import pack
 
 TAUS = (0.0, 0.00125, 0.0025, 0.005, 0.0075, 0.01, 0.02)
 PROBED = (0.0, 0.0025, 0.005, 0.01)
+TRACKED_EVERY = 25  # of the pictures: 20 of 500
 
 
 def threshold_row(model: nn.Module, tau: float, train: ImageNetLabels, val: ImageNetLabels) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def threshold_row(model: nn.Module, tau: float, train: ImageNetLabels, val: Imag
     started = time.time()
     with sparsified(model, tau):
         features, logits = answers(model, val)
-        shares = attention_shares(model, val)
+        shares = attention_shares(model, val, TRACKED_EVERY)
         fitted = answers(model, train)[0] if tau in PROBED else None
     labels, ten = torch.tensor(val.targets), torch.tensor(val.ten)
     correct = logits.argmax(dim=1) == labels
@@ -65,7 +66,7 @@ def write_thresholds(out: Path, taus: Sequence[float] = TAUS) -> Path:
         model = create_model(MODEL, pretrained=True).eval()
         prepare = preprocessing(model)
         train, val = imagenette("train", prepare), imagenette("val", prepare)
-    for tau in missing:
+    for tau in sorted(missing, key=lambda tau: tau not in PROBED):
         row = threshold_row(model, tau, train, val)
         replace_rows(path, [row], key=("tau",), order=lambda row: float(row["tau"]), columns=row)
         print(f"tau = {tau:g}: {row['accuracy']:.1%} right, {row['seconds']:.0f} s", flush=True)

@@ -23,7 +23,7 @@ from svit_utils.paths import data_dir
 from svit_utils.provenance import provenance
 from svit_utils.training.evaluation import autocast
 
-TAU, BATCH, READ, REPEATS = 0.01, 10, 200, 3
+TAU, BATCH, READ, REPEATS = 0.01, 10, 100, 2
 
 
 def per_second(work: Callable[[], int]) -> float:

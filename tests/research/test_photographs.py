@@ -81,7 +81,9 @@ def test_a_row_for_each_tau_once(photographs: Path, small_model: Any, tmp_path: 
     assert (rows[0]["applied_sparsity"], rows[0]["empty_rate"]) == ("0.0", "0.0") and rows[0]["probe_accuracy"] != ""
     assert rows[1]["probe_accuracy"] == "" and float(rows[1]["cut_sparsity"]) > 0.9  # 17 keys, all near 1 / 17
     sparsify(model, 0.1)
-    assert measured.attention_shares(model, data)["empty_rate"] == float(rows[1]["empty_rate"])
+    assert measured.attention_shares(model, data, thresholds.TRACKED_EVERY)["empty_rate"] == float(
+        rows[1]["empty_rate"]
+    )
     before = path.read_bytes()
     assert thresholds.write_thresholds(tmp_path, (0.0, 0.1)).read_bytes() == before
 
