@@ -20,7 +20,7 @@ from svit_utils import paths
 # Import name -> name of the distribution, where the two differ.
 _DISTRIBUTIONS = {"pytorch_grad_cam": "grad-cam", "PIL": "pillow"}
 _LIBRARIES = "torch torchvision timm numpy scipy pandas statsmodels safetensors accelerate captum pytorch_grad_cam"
-NEEDED = {name: _DISTRIBUTIONS.get(name, name) for name in f"{_LIBRARIES} matplotlib PIL psutil tqdm".split()}
+NEEDED = {name: _DISTRIBUTIONS.get(name, name) for name in f"{_LIBRARIES} networkx matplotlib PIL psutil tqdm".split()}
 FOR_NOTEBOOKS = {"ipywidgets": "ipywidgets", "anywidget": "anywidget", "jupyterlab": "jupyterlab", "nbval": "nbval"}
 
 # What an import says when torch and torchvision come from different builds or releases.

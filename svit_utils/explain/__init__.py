@@ -11,6 +11,7 @@ from .interventions import ablate_head, cut_edge, patch_activation
 from .layers import attention_layers
 from .maps import attention_maps, class_attention, upsample
 from .methods import CLASS_FREE, METHODS, explain
+from .paths import Path, rollout_graphs, strongest_paths
 from .perturbation import integrated_gradients, occlusion
 from .relevance import gradient_attention, gradient_rollout, relevance, relevance_matrix
 from .rollout import attention_rollout, rollout_matrix
@@ -20,5 +21,6 @@ __all__ += ["TokenGrid", "attention_layers", "attention_maps", "attention_rollou
 __all__ += ["default_layer", "displayed", "displayed_top", "grad_cam", "layer_grad_cam"]
 __all__ += ["attention_gradients", "gradient_attention", "gradient_rollout", "relevance", "relevance_matrix"]
 __all__ += ["integrated_gradients", "occlusion"]
+__all__ += ["Path", "rollout_graphs", "strongest_paths"]
 __all__ += ["ablate_head", "cut_edge", "patch_activation"]
 __all__ += ["readout_rows", "rollout_matrix", "token_grid", "tokens_to_grid", "upsample"]

@@ -41,6 +41,7 @@ ADDED = (
     607,  # photographs with COCO's masks, shards that go on with the next batch, `explain --masks`
     26,  # fully_shard tried out before it is trusted with gradients
     786,  # gradient-weighted maps, relevance, occlusion, integrated gradients; interventions; SaCo
+    178,  # rollout as a graph
 )
 LIBRARY_LINES, FILE_LINES, FUNCTION_LINES = 9000 + sum(ADDED), 400, 80
 # A kernel is one function by its nature: what it keeps on the chip cannot be handed to another.
