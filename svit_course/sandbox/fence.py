@@ -69,7 +69,18 @@ def bubblewrap() -> tuple[str, ...]:
         if done.returncode == 0:
             return begin
         said = f"bubblewrap does not work here ({done.stderr.strip()[-200:]}): may users make namespaces?"
+        if "execvp" in done.stderr:
+            said = f"in the sandbox there is no {sys.executable}, or what it links to ({done.stderr.strip()[-200:]})"
+            said += ": make the environment anew, python -m venv, where no link leads to it"
     raise NoSandbox(said)
+
+
+def _links() -> list[Path]:
+    """The programs by way of which this Python is started, each a link to the next, and the folder that it is from."""
+    found = [Path(sys.executable)]
+    while found[-1].is_symlink() and len(found) < 40:
+        found.append(Path(os.path.normpath(found[-1].parent / os.readlink(found[-1]))))
+    return [*found[1:], Path(sys.prefix).resolve()]
 
 
 def mounts(read: Iterable[Path], hide: Iterable[Path], size: int) -> list[str]:
@@ -82,6 +93,7 @@ def mounts(read: Iterable[Path], hide: Iterable[Path], size: int) -> list[str]:
     """
     python: set[str] = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
     shown = {Path(path) for path in [*SYSTEM.split(), *python, *map(str, read)] if os.path.exists(path)}
+    shown |= {path for path in _links() if not any(path.is_relative_to(folder) for folder in shown)}
     empty = {Path(path).resolve() for path in hide}
     options: list[str] = []
     # bubblewrap makes missing folders for its owner alone, and as root the program is somebody else.

@@ -194,6 +194,49 @@ def test_a_bubblewrap_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPa
         fence.bubblewrap.cache_clear()
 
 
+LINKED = """
+import sys
+from svit_course.sandbox import fence
+print(sys.prefix, fence.bubblewrap()[0])
+"""
+
+
+def linked_environment(folder: Path) -> Path:
+    """A virtual environment, its folder a link, whose Python is a link to a link somewhere else."""
+    real, somewhere = folder / "real", folder / "elsewhere" / "python"
+    (real / "bin").mkdir(parents=True)
+    somewhere.parent.mkdir()
+    somewhere.symlink_to(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}")
+    (real / "bin" / "python").symlink_to(somewhere)
+    (real / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\n")
+    packages = real / "lib" / f"python3.{sys.version_info[1]}" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "others.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
+    (folder / "linked").symlink_to(real)
+    return folder / "linked"
+
+
+def test_an_environment_that_is_a_link_has_a_sandbox(tmp_path: Path) -> None:
+    """What bubblewrap said of it once read as if users might not make namespaces."""
+    environment = {**os.environ, "PYTHONPATH": str(notebooks.ROOT)}
+    program = [str(linked_environment(tmp_path) / "bin" / "python"), "-c", LINKED]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(f"{tmp_path}/linked ")
+
+
+def test_a_python_that_is_not_in_the_sandbox_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fence.bubblewrap.cache_clear()
+    failed = subprocess.CompletedProcess([], 1, "", "bwrap: execvp /x/bin/python: No such file or directory\n")
+    try:
+        monkeypatch.setattr(fence.subprocess, "run", lambda *_, **__: failed)
+        with pytest.raises(fence.NoSandbox, match="no .*python.*, or what it links to .*make the environment anew"):
+            fence.bubblewrap()
+    finally:
+        monkeypatch.undo()
+        fence.bubblewrap.cache_clear()
+
+
 @pytest.mark.slow
 def test_trust_grades_with_plain_processes_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     submission(tmp_path / "in", "ada", inserted("import os\nassert os.path.isdir('/etc')"))
