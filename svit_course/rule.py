@@ -15,7 +15,7 @@ import symtable
 import sys
 import types
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 LIBRARY = "svit_utils"
@@ -60,16 +60,43 @@ class Rule:
             suspicious = any(part in plain for part in ("svit", "import", "exec", "eval", "\\"))
             return f"it is nested too deeply to be looked into: {WRITTEN}" if suspicious else ""
 
+    def without_unused(self, source: str, others: Iterable[str] = ()) -> tuple[str, list[str]]:
+        """The cell without the imports that are forbidden and used nowhere, and what they would have imported.
+
+        It is safe because they are not run: whoever reaches for the name in a way that is not seen finds none.
+
+        Args:
+            others: the cells that could use what this one imports.
+        """
+        try:
+            tree = ast.parse(source)
+            nodes = [node for each in (source, *others) for tree_ in trees_of(each) for node in ast.walk(tree_)]
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # also cells with magics: they stay as they are
+            return source, []
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        lines, left_out = source.encode().splitlines(keepends=True), list[str]()
+        for node in sorted((n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)), key=_where)[::-1]:
+            unused = {id(alias): name for alias, name in _imports(node) if self._unused(name, alias, used)}
+            if not unused:
+                continue
+            kept = [alias for alias in node.names if id(alias) not in unused]
+            instead = ast.unparse(_with_names(node, kept)) if kept else "pass"
+            first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+            begin, end = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+            lines[first : last + 1] = [begin + instead.encode() + end]
+            left_out += unused.values()
+        return b"".join(lines).decode(), left_out[::-1]
+
+    def _unused(self, dotted: str, alias: ast.alias, used: Set[str]) -> bool:
+        bound = alias.asname or alias.name.split(".")[0]
+        return bool(self._taken(dotted, imported=True)) and alias.name != "*" and bound not in used
+
     def _in(self, tree: ast.Module, aliases: Aliases) -> Iterator[str]:
         inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         shadowed = _stored(tree) - _bound_modules([tree]).keys()
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                for alias in node.names:
-                    yield self._taken(f"{node.module}.{alias.name}", imported=True)
-            elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    yield self._taken(alias.name, imported=True)
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                yield from (self._taken(name, imported=True) for _, name in _imports(node))
             elif isinstance(node, ast.Attribute | ast.Name) and id(node) not in inner:
                 if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
                     continue
@@ -97,6 +124,22 @@ class Rule:
         if _below(home, forbidden) and home.rsplit(".", 1)[-1] not in GIVEN.get(self.assignment, ()):
             return uses
         return ""
+
+
+def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[ast.alias, str]]:
+    """Each name of an import, with where it comes from; nothing of a relative one."""
+    if isinstance(node, ast.Import):
+        yield from ((alias, alias.name) for alias in node.names)
+    elif node.module and not node.level:
+        yield from ((alias, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _with_names(node: ast.Import | ast.ImportFrom, names: list[ast.alias]) -> ast.stmt:
+    return ast.Import(names) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, names, node.level)
+
+
+def _where(node: ast.stmt) -> tuple[int, int]:
+    return node.lineno, node.col_offset
 
 
 def rule_of(assignment: str, sources: Iterable[str]) -> Rule:
@@ -238,7 +281,8 @@ def breach_in(assignment: str, answers: Sequence[str], cells: Sequence[str]) -> 
         if name in seen or name not in latest:
             continue
         seen.add(name)
-        if said := rule.breach(latest[name]):
+        others = [source for source in cells if source != latest[name]]
+        if said := rule.breach(rule.without_unused(latest[name], others)[0]):
             return f"the cell that defines {name} is not run when you are graded: {said}"
         todo += _names(latest[name])[1]
     return ""

@@ -41,6 +41,10 @@ STATUS = {
 # What stands between dollars in titles and rubrics.
 SYMBOLS = {r"\tau": "τ", r"\alpha": "α", r"\beta": "β", r"\ge": "≥", r"\le": "≤", r"\cdot": "·", r"\times": "×"}
 
+COMMAND = r"\\[a-z]+"
+# A formula, code, what is strong and what is emphasised; a star between spaces is none of them.
+_PIECE = re.compile(r"\$([^$]+)\$|`([^`]+)`|\*\*(?!\s)([^*]+)(?<!\s)\*\*|\*(?!\s)([^*]+)(?<!\s)\*")
+
 _TEMPLATE = """\
 <!doctype html>
 <html lang="en">
@@ -127,13 +131,17 @@ pre { background: var(--soft) !important; }
 
 
 def formulas(text: str) -> Markup:
-    """HTML of a line of text; short formulas between dollars in italics, without anything that has to be loaded."""
+    """HTML of a line of Markdown: its emphasis and code, and short formulas in italics, without anything to load."""
 
-    def formula(found: re.Match[str]) -> str:
-        said = re.sub(r"\\[a-z]+", lambda name: SYMBOLS[name.group()], found.group(1))
-        return f"<i>{said}</i>"
+    def piece(found: re.Match[str]) -> str:
+        formula, code, strong, emphasis = found.groups()
+        if formula:
+            return f"<i>{re.sub(COMMAND, lambda name: SYMBOLS.get(name.group(), name.group()), formula)}</i>"
+        if code:
+            return f"<code>{code}</code>"
+        return f"<strong>{strong}</strong>" if strong else f"<em>{emphasis}</em>"
 
-    return Markup(re.sub(r"\$([^$]+)\$", formula, str(escape(text))))
+    return Markup(_PIECE.sub(piece, str(escape(text))))
 
 
 def got(mark: Mark) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from svit_course import rule
 
@@ -13,20 +13,44 @@ _ATTRIBUTES |= {"f_back", "f_globals", "f_locals", "_getframe", "modules", "__wr
 _MODULES = ("importlib", "runpy", "gc", "inspect", "pkgutil", "ctypes", "pickle", "marshal", "zipimport", "linecache")
 _CALLS = ("eval", "exec", "compile", "open", "__import__", "globals", "vars", "breakpoint")
 _READERS = ("read_text", "read_bytes")
+_USUAL = frozenset(("builtins", "np", "numpy", "plt", "svit_utils", "sys", "timm", "torch"))  # names of modules
 
 
-def flags(source: str) -> list[str]:
-    """What in a cell somebody should look at: ``sys.modules``, ``exec``, a name that is made, and the like."""
+def flags(source: str, modules: Set[str] = frozenset()) -> list[str]:
+    """What in a cell somebody should look at: ``sys.modules``, ``exec``, a name that is made, and the like.
+
+    Args:
+        modules: names that other cells have imported. The ``__dict__`` of what is imported leads to things without
+            naming them; that of a model, a layer or ``self`` is what everybody writes.
+    """
     try:
-        found = {said for tree in rule.trees_of(source) for node in ast.walk(tree) for said in _said(node)}
+        trees = list(rule.trees_of(source))
+        known = modules | _USUAL | {name for tree in trees for name in imported(tree)}
+        found = {said for tree in trees for node in ast.walk(tree) for said in _said(node, known)}
     except (RecursionError, MemoryError):
         return ["nested too deeply to be looked into"]
     return sorted(found)
 
 
-def _said(node: ast.AST) -> Iterator[str]:
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The names that imports bind."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name.split(".")[0] for alias in node.names)
+
+
+def _root(node: ast.AST) -> str:
+    """``a`` of ``a.b[0].c``; "" where it begins with something else than a name."""
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _said(node: ast.AST, modules: Set[str]) -> Iterator[str]:
     if isinstance(node, ast.Attribute):
-        if node.attr in _ATTRIBUTES and (node.attr != "modules" or _is(node.value, "sys")):
+        if node.attr == "__dict__":
+            yield from [] if _root(node.value) and _root(node.value) not in modules else ["__dict__"]
+        elif node.attr in _ATTRIBUTES and (node.attr != "modules" or _is(node.value, "sys")):
             yield f"sys.{node.attr}" if _is(node.value, "sys") else node.attr
         if node.attr in _READERS:
             yield node.attr
@@ -48,4 +72,4 @@ def _said(node: ast.AST) -> Iterator[str]:
 
 
 def _is(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
+    return getattr(node, "id", getattr(node, "attr", "")) == name  # torch.sys is sys, too

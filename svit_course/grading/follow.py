@@ -50,6 +50,25 @@ def follow_through(
         if any(graded.marks[i].status != "ok" for i in places):
             bad.append(about)
     sandbox.stop()
+    for plot in [cell.id for cell in original if cell.part == "plot" and cell.id in graded.sources]:
+        _tell_of(plot, graded, asked, bad)
+
+
+def _tell_of(plot: str, graded: Graded, asked: Sequence[Question], bad: Sequence[Question]) -> None:
+    """Say of a plot that it was drawn with answers that do not hold: with ours it is not drawn again.
+
+    A figure shows whatever the cell wants, and beside our answer that would be our answer.
+    """
+    text, used = graded.sources[plot], list[str]()
+    for other in reversed(asked):
+        if any(re.search(rf"\b{name}\b", text) for name in other.answers):
+            text += "\n" + graded.sources.get(other.name, "")
+            used += [other.name] if other in bad else []
+    if used:
+        graded.notes.append(
+            f"{plot} was drawn with your own {' and '.join(used[::-1])}, in which tests found something. A test that "
+            "builds on it was judged with ours in its place; a plot is not drawn again, and is marked by its code"
+        )
 
 
 def _unwritten(mark: Mark, about: Question) -> bool:

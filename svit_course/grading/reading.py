@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 
 from svit_course import masters, rule
-from svit_course.grading.flags import flags
+from svit_course.grading.flags import flags, imported
 from svit_course.masters import Cell
 from svit_course.question import questions
 from svit_course.stamp import SETUP_ID, setup_source
@@ -66,17 +66,37 @@ def read(data: bytes, original: Any) -> tuple[list[ToRun], list[str]]:
     everything = masters.cells(original)
     shown = [ToRun(f.name, "written", f.source) for f in found if _part(everything, f.name) == "written"]
     result, planned = [], plan(found, everything)
-    asked = rule.rule_of(everything[-1].id[0], (c.source for c in planned if c.part != "plot" and not _long(c)))
+    looked_at = [cell for cell in planned if cell.part != "plot" and not _long(cell)]  # a plot may use everything
+    asked = rule.rule_of(everything[-1].id[0], (cell.source for cell in looked_at))
+    modules = {name for cell in looked_at for node in _parsed(cell.source) for name in imported(node)}
     for cell in planned:
-        refused, suspicious = "", list[str]()
+        source, refused, suspicious = cell.source, "", list[str]()
         if _long(cell):
             refused = f"it has more than {LONGEST:,} characters"
         elif cell.part in ("answer", "own"):
-            refused, suspicious = asked.breach(cell.source), flags(cell.source)
+            refused, suspicious = asked.breach(source), flags(source, modules)
+            if refused:
+                source, unused = asked.without_unused(
+                    source, [other.source for other in looked_at if other is not cell]
+                )
+                refused = asked.breach(source)
+                if unused and not refused:
+                    suspicious.append(f"imports {', '.join(unused)}, which nothing uses")
+                    notes.append(_left_out(cell.id, unused))
             if refused and cell.part == "own":
                 refused += "; what else the cell defines is missing now"
-        result.append(ToRun(cell.id, cell.part, cell.source, refused, ", ".join(suspicious)[:FLAGS]))
+            if refused:
+                source = cell.source
+                refused += ". What you do not need, take out of the cell; the cell of a plot may use everything"
+        result.append(ToRun(cell.id, cell.part, source, refused, ", ".join(suspicious)[:FLAGS]))
     return [*result, *shown], notes
+
+
+def _left_out(name: str, unused: Sequence[str]) -> str:
+    return (
+        f"cell {name} was run without its import of {', '.join(unused)}, which is forbidden and which no answer uses; "
+        "what a plot uses belongs into the plot's own cell"
+    )
 
 
 def _long(cell: Cell) -> bool:

@@ -17,8 +17,25 @@ def test_formulas_of_titles_and_rubrics_can_be_read(assignment: str) -> None:
     lines = [line for name, lines in feedback.rubric().items() if name[0] == assignment for line in lines]
     assert lines
     for line in (title, *lines):
-        assert "$" not in feedback.formulas(line) and "\\" not in feedback.formulas(line)
+        shown = feedback.formulas(line)
+        assert not {"$", "\\", "*", "`"} & set(shown)
     assert feedback.formulas(r"<b> of $N\tau \ge 1$") == "&lt;b&gt; of <i>Nτ ≥ 1</i>"
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (
+            "of the *same* model, **not** `model.x`",
+            "of the <em>same</em> model, <strong>not</strong> <code>model.x</code>",
+        ),
+        ("2 * 3 * 4 and $a*b$", "2 * 3 * 4 and <i>a*b</i>"),
+        (r"$\frac12 \tau$", r"<i>\frac12 τ</i>"),  # a lecturer's own rubric; it once cost every page
+        ("*<b>*", "<em>&lt;b&gt;</em>"),
+    ],
+)
+def test_a_rubrics_emphasis_is_set(line: str, shown: str) -> None:
+    assert feedback.formulas(line) == shown
 
 
 def test_one_notebook_is_a_submission_whatever_its_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from svit_course import masters as m
 from svit_course import notebooks
 from svit_course.grading import runs
-from svit_course.grading.follow import _leans_on
+from svit_course.grading.follow import _leans_on, _tell_of
 from svit_course.grading.runs import Graded, Judge, Mark
 from svit_course.grading.submissions import Submission
 from svit_course.question import describe, questions
@@ -97,6 +97,21 @@ def test_an_answer_leans_on_what_it_names_and_on_what_that_names() -> None:
     assert _leans_on(c3, [c1, c2], [c1, c2], graded, {"c1": "", "c2": "ThresholdedAttention"}) == ["c1", "c2"]
     assert _leans_on(c3, [c1, c2], [c1, c2], graded, {"c1": "", "c2": ""}) == ["c2"]
     assert _leans_on(c2, [c1], [], graded, {}) == []
+
+
+def test_a_plot_of_answers_that_do_not_hold_is_said_to_be_theirs() -> None:
+    """What builds on them is judged with ours; the figure beside it stays the student's, and nobody was told."""
+    asked = questions("c")
+    c1, c2, c3, c4 = asked
+    sources = {
+        "c1": "class ThresholdedAttention: ...",
+        "c2": "def convert(m): ThresholdedAttention",
+        "c5": "convert(model)",
+    }
+    for bad, named in (([c1], "your own c1,"), ([c1, c2], "your own c1 and c2,"), ([c3, c4], "")):
+        graded = graded_with(**sources)
+        _tell_of("c5", graded, asked, bad)
+        assert len(graded.notes) == bool(named) and named in "".join(graded.notes)
 
 
 CELL = """

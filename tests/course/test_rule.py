@@ -5,6 +5,9 @@ A lecturer who did the assignments found names refused that the questions give, 
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
@@ -13,7 +16,7 @@ from svit_course import masters as m
 from svit_course.grading import reading
 from svit_course.grading.flags import flags
 from svit_course.grading.reading import ToRun
-from tests.course.handed_in import MASTER, inserted, submission
+from tests.course.handed_in import MASTER, Change, answers, inserted, submission
 
 REFUSED = [
     ("a", "from svit_utils import thresholded_softmax"),
@@ -111,7 +114,19 @@ NOTEBOOKS = {
     "in a cell of one's own": (["from svit_utils import thresholded_softmax as taken", LIBRARYS], True),
     "in a cell that nothing uses": (["from svit_utils import thresholded_softmax as taken", SOFTMAX], False),
     "mended since": ([f"from svit_utils import thresholded_softmax as taken\n{LIBRARYS}", SOFTMAX], False),
-    "a helper": (["from svit_utils import sparsify\ndef helper(s):\n    return s", f"{SOFTMAX} + helper(0)"], True),
+    "a helper": (
+        ["from svit_utils import sparsify\ndef helper(s):\n    return sparsify", f"{SOFTMAX} + helper(0)"],
+        True,
+    ),
+    "a helper beside an import that nothing uses": (
+        ["from svit_utils import sparsify\ndef helper(s):\n    return 0 * s", f"{SOFTMAX} + helper(0)"],
+        False,
+    ),
+    "an import that nothing uses": ([f"import torch\nfrom svit_utils import sparsify, data\n{SOFTMAX}"], False),
+    "an import that another cell uses": (
+        [f"from svit_utils import sparsify as other\n{SOFTMAX}", "print(other.__name__)"],
+        True,
+    ),
 }
 
 
@@ -131,7 +146,10 @@ def test_check_refuses_at_once_what_grading_refuses(name: str, monkeypatch: pyte
 
 
 def test_a_cell_of_ones_own_runs_and_one_that_takes_the_answer_does_not(tmp_path) -> None:
-    sources = ["import math\nfrom svit_utils.data import PlantedShapes", "import math\nfrom svit_utils import sparsify"]
+    sources = [
+        "import math\nfrom svit_utils.data import PlantedShapes",
+        "import math\nfrom svit_utils import sparsify\nconvert = sparsify",
+    ]
 
     def change(notebook) -> None:
         for source in sources:
@@ -141,6 +159,61 @@ def test_a_cell_of_ones_own_runs_and_one_that_takes_the_answer_does_not(tmp_path
     cells = {c.source: c for c in reading.read(path.read_bytes(), notebooks.read(MASTER))[0] if c.part == "own"}
     assert isinstance(cells[sources[0]], ToRun) and cells[sources[0]].refused == ""
     assert "sparsify" in cells[sources[1]].refused and "what else the cell defines" in cells[sources[1]].refused
+
+
+UNUSED = {
+    "from svit_utils import sparsify\nx = 1": "pass\nx = 1",
+    "import math; from svit_utils import sparsify; x = math.pi": "import math; pass; x = math.pi",
+    "from svit_utils import (\n    data,\n    sparsify as ü,\n)\nx = 1": "from svit_utils import data\nx = 1",
+    "é = 1; from svit_utils import densify, sparsify; x = 1": "é = 1; pass; x = 1",
+    "def f():\n    from svit_utils import sparsify\n    return 1": "def f():\n    pass\n    return 1",
+    "if True: from svit_utils import sparsify": "if True: pass",
+}
+
+
+@pytest.mark.parametrize("source", UNUSED)
+def test_a_forbidden_import_that_nothing_uses_is_left_out_and_flagged(tmp_path: Path, source: str) -> None:
+    """It once cost the whole cell; it is not run, so nobody can use it in a way that is not seen."""
+    whole = rule.rule_of("a", [source])
+    left, names = whole.without_unused(source)
+    assert left == UNUSED[source] and any("sparsify" in name for name in names)
+    path = submission(tmp_path, "ada", inserted(source))
+    cells, notes = reading.read(path.read_bytes(), notebooks.read(MASTER))
+    (cell,) = [cell for cell in cells if cell.part == "own" and cell.source.strip() and "sparsify" in cell.flags]
+    assert (cell.source, cell.refused) == (UNUSED[source], "") and "which nothing uses" in cell.flags
+    assert any("was run without its import" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from svit_utils import sparsify\nsparsify",
+        "from svit_utils import thresholded_softmax as f\nx = f",
+        "from svit_utils.attention import *",
+        "from svit_utils import sparsify\nexec('from svit_utils import densify')",
+        "%time 1\nfrom svit_utils import sparsify",
+        "from svit_utils import sparsify\nglobals()[svit_utils.sparsify]",
+    ],
+)
+def test_a_cell_that_uses_what_it_must_not_stays_refused(source: str) -> None:
+    whole = rule.rule_of("a", [source])
+    assert whole.breach(whole.without_unused(source)[0])
+
+
+def test_what_another_cell_uses_stays_refused_and_what_a_plot_uses_does_not(tmp_path: Path) -> None:
+    def read(*changes: Change) -> list[ToRun]:
+        def change(notebook: Any) -> None:
+            for one in changes:
+                one(notebook)
+
+        path = submission(tmp_path, "ada", change)
+        return reading.read(path.read_bytes(), notebooks.read(MASTER))[0]
+
+    taken = inserted("from svit_utils import thresholded_attention as taken")
+    (cell,) = [c for c in read(taken, inserted("y = taken")) if "as taken" in c.source]
+    assert "the cell of a plot may use everything" in cell.refused
+    plot = answers("a5", "plt.plot(taken)")
+    assert not [c for c in read(taken, plot) if c.refused or "as taken" in c.source]
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -167,6 +240,38 @@ def test_ways_around_the_rule_are_flagged(source: str, flag: str) -> None:
     assert flag in flags(source)
 
 
-@pytest.mark.parametrize("source", ["model.eval()", "torch.compile(f)", "model.modules()", "getattr(m, 'name', 0)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "torch.compile(f)",
+        "model.modules()",
+        "getattr(m, 'name', 0)",
+        "self.__dict__.update(old.__dict__)",
+        "model.blocks[0].attn.__dict__['qkv']",
+        "def f(attn):\n    return dict(attn.__dict__)",
+    ],
+)
 def test_what_everybody_writes_is_not_flagged(source: str) -> None:
     assert flags(source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "svit_utils.__dict__['sparsify']",
+        "import svit_utils as s\ns.attention.__dict__",
+        "from svit_utils import attention as a\na.__dict__",
+        "torch.nn.__dict__",
+        "elsewhere.__dict__['x']",
+        "f().__dict__",
+        "getattr(m, '__dict__')",
+        "{**np.__dict__}",
+    ],
+)
+def test_the_names_of_a_module_are_flagged(source: str) -> None:
+    assert "__dict__" in flags(source, {"elsewhere"})
+
+
+def test_sys_is_known_by_the_way_of_another_module() -> None:
+    assert "sys.modules" in flags("torch.sys.modules['x']")

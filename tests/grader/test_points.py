@@ -230,7 +230,7 @@ def test_a_python_that_is_not_in_the_sandbox_is_named(monkeypatch: pytest.Monkey
     failed = subprocess.CompletedProcess([], 1, "", "bwrap: execvp /x/bin/python: No such file or directory\n")
     try:
         monkeypatch.setattr(fence.subprocess, "run", lambda *_, **__: failed)
-        with pytest.raises(fence.NoSandbox, match="no .*python.*, or what it links to .*make the environment anew"):
+        with pytest.raises(fence.NoSandbox, match=r"no .*python.*, or what it links to .*make the environment anew"):
             fence.bubblewrap()
     finally:
         monkeypatch.undo()
