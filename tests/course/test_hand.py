@@ -67,7 +67,7 @@ def test_files_of_several_markers_are_joined(out: Path, capsys: pytest.CaptureFi
     ] == "lee"
     # What is left in by_hand.csv is what nobody has marked; the markers' own files stay as they are.
     assert [(r["student"], r["question"]) for r in tables.read_table(out / "by_hand.csv")[1]] == [("ben", "a6")]
-    assert (out / "by_hand_kim.csv").read_text() == f"{HEAD}\nada,{STEM},a5,2,3,axes\n"
+    assert (out / "by_hand_kim.csv").read_text(encoding="utf-8") == f"{HEAD}\nada,{STEM},a5,2,3,axes\n"
     assert "marked by hand by kim: axes" in (out / "feedback" / "ada" / f"{STEM}.html").read_text(encoding="utf-8")
     # A marker who takes a mark back gets the row again.
     entered(out, "by_hand_kim.csv", HEAD)
@@ -79,12 +79,12 @@ def test_files_of_several_markers_are_joined(out: Path, capsys: pytest.CaptureFi
 def test_two_marks_for_one_answer_are_an_error_that_names_both_files(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (out / "totals.csv").read_text()
+    before = (out / "totals.csv").read_text(encoding="utf-8")
     one = entered(out, "by_hand_kim.csv", HEAD, f"ada,{STEM},a5,2,3,")
     other = entered(out, "by_hand_lee.csv", HEAD, f"ada,{STEM},a6,1,4,", f"ada,{STEM},a5,2.5,3,")
     code, said = run_totals(out, capsys)
     assert code == 2 and f"2 in {one}, line 2 and 2.5 in {other}, line 3" in said and "ada" in said
-    assert (out / "totals.csv").read_text() == before
+    assert (out / "totals.csv").read_text(encoding="utf-8") == before
     entered(out, "by_hand_lee.csv", HEAD, f"ada,{STEM},a5,2.0,3,fine", f"ada,{STEM},a6,,4,not mine")  # the same mark
     assert run_totals(out, capsys)[0] == 0 and total(out)["by_hand"] == "2"
 
@@ -159,7 +159,7 @@ def test_totals_say_what_is_missing_and_call_nothing_final_without_a_roster(
         assert said.splitlines()[1:] == ["Not final:", f"  cai, {STEM}: nothing was handed in"]
         assert (total(out, "cai")["total"], total(out, "cai")["note"]) == ("", "nothing was handed in")
     code, said = run_totals(out, capsys)  # the lines of an earlier roster go with it
-    assert "cai" not in said and "cai" not in (out / "totals.csv").read_text()
+    assert "cai" not in said and "cai" not in (out / "totals.csv").read_text(encoding="utf-8")
 
 
 def test_what_could_not_be_read_or_was_left_out_is_not_final(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from svit_course.sandbox.sandbox import Sandbox
 from tests.course import test_follow, test_rule
 from tests.course.handed_in import MASTER, answers, submission
 from tests.grader import test_attacks, test_points, test_routes
+from tests.grader.conftest import run
 
 pytestmark = pytest.mark.grader
 PAGE = masters.ASSIGNMENTS / "lecturer.md"
@@ -115,6 +116,12 @@ def test_a_limit_costs_one_question_and_no_other(loaded: Sandbox, judge: Judge, 
     statuses = {f"{mark.question} {mark.test}": mark.status for mark in got.marks}
     assert statuses.pop("a4 visible") == statuses.pop("a4 hidden") == "time"
     assert set(statuses.values()) == {"ok", "by hand"}
+
+
+def test_what_answers_may_import_can_be_imported(student: Sandbox) -> None:
+    line = PAGE.read_text(encoding="utf-8").split("**What answers may import.**")[1].split("also `svit_utils`")[0]
+    names = re.findall(r"`(\w+)`", line)
+    assert len(names) > 10 and run(student, f"import {', '.join(names)}, svit_utils", seconds=90) == ("", "")
 
 
 def test_what_is_not_promised(loaded: Sandbox, judge: Judge, tmp_path: Path) -> None:
