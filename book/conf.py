@@ -43,7 +43,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 # Types of other packages, whose documentation lies on other hosts: looked up offline they are never found.
 OTHERS = "torch|timm|numpy|np|pd|pandas|matplotlib|PIL|accelerate|collections|pathlib|os|argparse|contextlib|typing"
-OTHERS += "|huggingface_hub|nn|Tensor|Figure|Dataset"
+OTHERS += "|huggingface_hub|networkx|nx|nn|Tensor|Figure|Dataset"
 # A name in single backticks is linked where it has a place of its own, and else shown as code.
 default_role = "py:obj"
 nitpick_ignore_regex = [

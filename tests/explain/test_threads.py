@@ -127,12 +127,13 @@ def maps(model: nn.Module, x: Tensor) -> Tensor:
     return torch.rand(len(x), 4, 6, generator=torch.Generator().manual_seed(3))
 
 
+BRIEF: dict[str, dict[str, Any]] = {"integrated_gradients": {"steps": 5}}
 SEEN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "attention_maps": attention_maps,
     "attention_rollout": attention_rollout,
     "grad_cam": lambda m, x: grad_cam(m, x, relu=False),
     "layer_grad_cam": lambda m, x: layer_grad_cam(m, x, 2, relu=False),
-    "explain": lambda m, x: [explain(m, x, method) for method in METHODS],
+    "explain": lambda m, x: [explain(m, x, method, **BRIEF.get(method, {})) for method in METHODS],
     "sparsified": cut,
     "evaluate": evaluated,
     "deletion_curve": lambda m, x: deletion_curve(m, x, maps(m, x), steps=3),
