@@ -93,7 +93,7 @@ def build(out: Path = OUT, repository: str | None = None) -> Path:
         if lost := list(leaks(notebook, notebooks.read(path))):
             raise RuntimeError(f"{path.name}: the student's version still holds\n  " + "\n  ".join(lost))
     _copy(notebooks.NOTEBOOKS / "glossary.md", student / "notebooks" / "glossary.md")
-    for study in ("study", "second"):  # the plans that chapters lead to
+    for study in ("study", "second", "photographs"):  # the plans that chapters lead to
         _copy(notebooks.ROOT / "results" / study / "PLAN.md", student / "results" / study / "PLAN.md")
     _student_files(student, repository, wheel)
     for name in FOR_LECTURERS:

@@ -58,6 +58,7 @@ COMMANDS = {  # title: module whose `parser()` has the options, command of that 
     "python -m research study": ("research.__main__", "study"),
     "python -m research plan": ("research.__main__", "plan"),
     "python -m research erratum": ("research.__main__", "erratum"),
+    "python -m research photographs": ("research.__main__", "photographs"),
     "python -m research sinks": ("research.__main__", "sinks"),
     "python -m benchmarks": ("benchmarks.__main__", ""),
     "python -m benchmarks.gpu": ("benchmarks.gpu.__main__", ""),

@@ -13,10 +13,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from research.photographs import finetuned, maps, measured, pictures, run, tables, thresholds, throughput
+from research.rows import write_csvs
 from svit_utils import sparsify
 from svit_utils.data import CocoPicture, image_folder, preprocessing
 from svit_utils.explain import explain
 from svit_utils.files import read_rows, write_rows
+from svit_utils.paths import results_dir
 from svit_utils.records import pack, unpack
 from svit_utils.referee import average_precision
 
@@ -235,3 +237,23 @@ def test_rates_are_of_everything(photographs: Path, small_model: Any, monkeypatc
     monkeypatch.setattr(throughput, "REPEATS", 1)
     found = throughput.rates(photographs / pictures.IMAGENETTE)
     assert all(rate > 0 for rate in found.values()) and len(found) == 2 + 2 * 2 * 2
+
+
+def test_recorded_tables_are_those_of_the_recorded_rows(tmp_path: Path) -> None:
+    """`python -m research photographs --parts tables` gives the committed files, byte for byte."""
+    recorded = results_dir() / "photographs"
+    expected = {path.name: path.read_bytes() for path in (recorded / "tables").glob("*.csv")}
+    assert set(expected) >= {"thresholds.csv", "finetuned.csv", "maps.csv", "imagenet.csv"}
+    write_csvs(tables.tables(recorded), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
+
+
+def test_recorded_rows_say_where_they_come_from() -> None:
+    for name in ("thresholds", "finetuned", "maps", "throughput"):
+        rows = read_rows(results_dir() / "photographs" / f"{name}.csv")
+        assert rows, name
+        for row in rows:
+            assert all(row[key] != "" for key in ("command", "torch", "timm", "device", "threads", "commit", "date")), (
+                name
+            )
+            assert "/" not in row["command"] and row["dirty"] == "False", name
