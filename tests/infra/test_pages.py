@@ -32,7 +32,7 @@ LIMITS = {
     "08_the_referee": Counts(0, 0, 0, 0, 0, 2991),
     "09_the_study": Counts(0, 0, 0, 0, 0, 2660),
     "10_a_verdict_on_the_card": Counts(0, 0, 0, 0, 0, 2590),
-    "11_photographs": Counts(0, 0, 0, 0, 0, 2600),
+    "11_photographs": Counts(0, 0, 0, 0, 0, 2524),
 }
 FAST_READER = 200  # words a minute, of a text with formulas
 
