@@ -6,6 +6,8 @@ rewrites a chapter lowers its row.
 
 from __future__ import annotations
 
+import ast
+import importlib
 import math
 import re
 from dataclasses import asdict
@@ -88,6 +90,18 @@ def test_numbered_headings_have_no_gap(path: Path, notebook: Any) -> None:
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     found = re.findall(r"^## (\d+)\.(\d+)\b", prose, flags=re.MULTILINE)
     assert found == [(str(int(path.stem[:2])), str(place)) for place in range(1, len(found) + 1)] and len(found) > 1
+
+
+def test_what_a_cell_imports_is_there(notebook: Any) -> None:
+    """In functions too, which a run without the data that they are for does not reach."""
+    for cell in notebook.cells:
+        source = "\n".join(line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!")))
+        for node in ast.walk(ast.parse(source)) if cell.cell_type == "code" else ():
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("svit_utils", "svit_course")):
+                module = importlib.import_module(str(node.module))
+                lacking = [each.name for each in node.names if not hasattr(module, each.name)]
+                for name in lacking:
+                    importlib.import_module(f"{node.module}.{name}")
 
 
 def test_every_chapter_has_a_row() -> None:
