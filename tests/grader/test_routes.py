@@ -375,7 +375,7 @@ def test_reading_a_forged_error_takes_no_minutes(judge: Judge, piece: str) -> No
 
 
 def test_a_case_whose_message_says_nothing_of_quoting_is_not_quoted(judge: Judge) -> None:
-    seen = wire.encode({"weights": "LEAK", "scores": np.zeros(3)}).encode()
+    seen = wire.encode({"weights": "LEAK", "scores": np.array([0.0, 1, 2, 4])}).encode()  # the case left unchanged
     said = [
         judge.ask({"question": "a1", "hidden": False, "number": 0, **more}, seen) for more in ({}, {"quiet": False})
     ]
