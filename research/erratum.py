@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from research.rows import origin
 from research.study.maps import BASELINE_MAPS, DISPLAYED, MODEL_MAPS, baseline_maps, model_maps
 from research.study.scores import TAU, as_recorded
 from research.study.studies import get_study
@@ -23,7 +24,6 @@ from svit_utils.data import PlantedShapes
 from svit_utils.files import read_rows, write_file, write_rows
 from svit_utils.models import load_embedded
 from svit_utils.paths import results_dir
-from svit_utils.provenance import provenance
 from svit_utils.referee import compare, holm, localisation_scores
 
 SEEDS = (0, 1, 2)
@@ -151,5 +151,4 @@ def write_erratum(out: Path | None = None, images: int = 1000) -> list[Path]:
         "erratum_resamples": resampled_rows(200_000),
     }
     paths = [write_rows(folder / f"{name}.csv", rows[0], rows) for name, rows in tables.items()]
-    origin = {key: value for key, value in provenance(images=images).items() if key != "seed"}
-    return [*paths, write_file(folder / "erratum.json", json.dumps(origin, indent=2) + "\n")]
+    return [*paths, write_file(folder / "erratum.json", json.dumps(origin(images=images), indent=2) + "\n")]

@@ -1,4 +1,4 @@
-"""Writing recorded CSV files: rows added to one, and tables."""
+"""Writing recorded CSV files: where a row came from, rows added to a file, and tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svit_utils.files import read_rows, write_rows
+from svit_utils.provenance import provenance
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def origin(**extra: Any) -> dict[str, Any]:
+    """`provenance` of rows that have a seed of their own, or none."""
+    return {key: value for key, value in provenance(**extra).items() if key != "seed"}
 
 
 def replace_rows(

@@ -21,13 +21,12 @@ from torch.utils.data import Dataset, Subset
 
 from research.distillation import Distillation
 from research.plans import CURRICULUM, Experiment, Run
-from research.rows import replace_rows
+from research.rows import origin, replace_rows
 from svit_utils.attention import LearnableThreshold, TokenSparsityTracker, sparse_modules
 from svit_utils.data import PlantedShapes
 from svit_utils.files import read_rows, write_file
 from svit_utils.models import load_weights, save_weights
 from svit_utils.paths import checkpoints_dir, repo_root, results_dir
-from svit_utils.provenance import provenance
 from svit_utils.records import pack
 from svit_utils.training import SparsityTarget, TrainConfig, build_data, build_model, evaluate, train
 from svit_utils.training.recipe import LossFunction
@@ -128,7 +127,7 @@ def train_run(
         **measured_sparsity(model, data.test),
         **({"curve": json.dumps(curve), **on_validation(model, data.val)} if curve else {}),
         "seconds": round(time.time() - started, 1),
-        **{k: v for k, v in provenance().items() if k != "seed"},
+        **origin(),
     }
     if run.save_as is not None:
         card = {key: str(row[key]) for key in CARD}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from research.photographs import finetuned
 from research.photographs.pictures import COCO, MODEL
-from research.rows import replace_rows
+from research.rows import origin, replace_rows
 from research.study.maps import attention_views, baseline_maps
 from research.study.store import write_images
 from svit_utils.attention import sparsify
@@ -24,7 +24,6 @@ from svit_utils.explain import grad_cam
 from svit_utils.explain.grid import token_grid
 from svit_utils.files import read_rows
 from svit_utils.paths import data_dir
-from svit_utils.provenance import provenance
 from svit_utils.referee import localisation_scores
 
 CHUNK = 16  # pictures at a time
@@ -146,8 +145,7 @@ def write_maps(out: Path) -> Path:
             scores = model_scores(model, seen, CUT if name == "dense" else ())
         write_images(out / "images" / f"{name}.csv.gz", scores)
         row: dict[str, Any] = {"model": name, "pictures": len(seen.images), "listed": len(data)}
-        row |= {"seconds": round(time.time() - started, 1)}
-        row |= {key: value for key, value in provenance().items() if key != "seed"}
+        row |= {"seconds": round(time.time() - started, 1), **origin()}
         replace_rows(path, [row], key=("model",), order=lambda row: names.index(row["model"]), columns=row)
         print(f"{name}: {len(seen.images)} pictures, {row['seconds']:.0f} s", flush=True)
     return path

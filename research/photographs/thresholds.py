@@ -12,12 +12,11 @@ from torch import nn
 
 from research.photographs.measured import answers, attention_shares, probe
 from research.photographs.pictures import MODEL, ImageNetLabels, imagenette
-from research.rows import replace_rows
+from research.rows import origin, replace_rows
 from svit_utils.attention import sparsified
 from svit_utils.building import create_model
 from svit_utils.data import preprocessing
 from svit_utils.files import read_rows
-from svit_utils.provenance import provenance
 from svit_utils.records import pack
 
 TAUS = (0.0, 0.00125, 0.0025, 0.005, 0.0075, 0.01, 0.02)
@@ -50,7 +49,7 @@ def threshold_row(model: nn.Module, tau: float, train: ImageNetLabels, val: Imag
         said = probe(fitted, torch.tensor(train.pictures.targets), features, len(ten))
         right = said == torch.tensor(val.pictures.targets)
         row |= {"probe_accuracy": round(right.double().mean().item(), 4), "probe_correct": pack(right.numpy())}
-    return row | {"seconds": round(time.time() - started, 1)} | {k: v for k, v in provenance().items() if k != "seed"}
+    return row | {"seconds": round(time.time() - started, 1)} | origin()
 
 
 def write_thresholds(out: Path, taus: Sequence[float] = TAUS) -> Path:

@@ -14,13 +14,12 @@ import torch
 from torch.nn import functional as F
 
 from research.photographs.pictures import IMAGENETTE, MODEL
-from research.rows import replace_rows
+from research.rows import origin, replace_rows
 from svit_utils.attention import sparsified
 from svit_utils.building import create_model
 from svit_utils.data import ShardStream, image_folder, preprocessing, write_shards
 from svit_utils.files import read_rows
 from svit_utils.paths import data_dir
-from svit_utils.provenance import provenance
 from svit_utils.training.evaluation import autocast
 
 TAU, BATCH, READ, REPEATS = 0.01, 10, 100, 2
@@ -37,7 +36,10 @@ def per_second(work: Callable[[], int]) -> float:
 
 
 def rates(folder: Path) -> dict[tuple[str, str, str], float]:
-    """(what, attention, precision) to pictures a second, for the photographs in ``folder`` and one thread."""
+    """(what, attention, precision) to pictures a second, for the photographs in ``folder`` and one thread.
+
+    Training is a forward and a backward pass, without the optimiser's step.
+    """
     model = create_model(MODEL, pretrained=True)
     prepare = preprocessing(model)
     data = image_folder(folder, "val", prepare=prepare)
@@ -76,11 +78,11 @@ def write_throughput(out: Path) -> Path:
     if read_rows(path):
         return path
     torch.set_num_threads(1)
-    origin = {key: value for key, value in provenance().items() if key != "seed"}
+    made_by = origin()
     rows: list[dict[str, Any]] = []
     for (what, attention, precision), rate in rates(data_dir() / IMAGENETTE).items():
         row = {"what": what, "model": MODEL, "attention": attention, "precision": precision}
-        rows.append(row | {"per_core_second": f"{rate:.1f}", "load": f"{os.getloadavg()[0]:.1f}", **origin})
+        rows.append(row | {"per_core_second": f"{rate:.1f}", "load": f"{os.getloadavg()[0]:.1f}", **made_by})
     places = {tuple(row.values())[:4]: place for place, row in enumerate(rows)}
     key = ("what", "model", "attention", "precision")
     replace_rows(path, rows, key=key, order=lambda row: places[tuple(row[k] for k in key)], columns=rows[0])

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from research.photographs.pictures import IMAGENETTE, MODEL
+from research.rows import origin
 from research.second.sinks import sink_table
 from svit_utils.attention import sparsified
 from svit_utils.building import create_model
@@ -16,11 +18,8 @@ from svit_utils.data import image_folder, preprocessing
 from svit_utils.explain import displayed
 from svit_utils.files import write_rows
 from svit_utils.paths import data_dir, results_dir
-from svit_utils.provenance import provenance
 
-MODEL = "deit_tiny_patch16_224"
 TAUS = (0.0025, 0.005, 0.01)
-PHOTOGRAPHS = Path("photos", "imagenette224")  # under the data directory
 
 
 def deit_sinks(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
@@ -53,9 +52,9 @@ def write_sinks(count: int = 200, out: Path | None = None) -> Path:
         WeightsError: the weights can neither be found nor loaded.
     """
     model = create_model(MODEL, pretrained=True).eval()
-    photographs = image_folder(data_dir() / PHOTOGRAPHS, "val", prepare=preprocessing(model))
+    photographs = image_folder(data_dir() / IMAGENETTE, "val", prepare=preprocessing(model))
     chosen = np.random.default_rng(0).permutation(len(photographs))[:count]
     images = torch.stack([photographs[int(index)][0] for index in chosen])
-    origin = {key: value for key, value in provenance(images=len(images)).items() if key != "seed"}
-    rows = [{**row, **origin} for row in deit_sinks(model, images)]
+    made_by = origin(images=len(images))
+    rows = [{**row, **made_by} for row in deit_sinks(model, images)]
     return write_rows((results_dir() / "second" if out is None else out) / "deit_sinks.csv", rows[0], rows)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from research.plans import Run
-from research.rows import replace_rows
+from research.rows import origin, replace_rows
 from research.second.choice import BUDGET
 from research.second.report import write_tables
 from research.second.runs import FRESH_SEEDS, THREE, chosen_setting
@@ -26,7 +26,6 @@ from research.study.store import write_images
 from research.study.studies import Study, get_study
 from research.training import is_recorded, trained_model
 from svit_utils.files import read_rows
-from svit_utils.provenance import provenance
 
 CELL_COLUMNS = ("run", "part", "seconds")
 SCORE_COLUMNS = ("run", "part", "map", "layer", "head", "metric", "value")
@@ -115,8 +114,7 @@ def score_one(study_name: str, part: str, name: str) -> tuple[dict[str, Any], Sc
     partner = dense_partner(runs[name], runs)
     dense = None if partner is None else trained_model(experiment, partner)
     scores = PARTS[part](Scored(runs[name], trained_model(experiment, runs[name]), dense))
-    origin = {key: value for key, value in provenance().items() if key != "seed"}
-    return {"run": name, "part": part, "seconds": round(time.time() - started, 1), **origin}, scores
+    return {"run": name, "part": part, "seconds": round(time.time() - started, 1), **origin()}, scores
 
 
 def record_cell(study: Study, cell: Mapping[str, Any], scores: Scores) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from research.plans import MAIN_KINDS, Run
+from research.rows import origin
 from research.study.scores import PARTS, Scores, Trained, baselines
 from research.study.store import record_cell
 from research.study.studies import Study, get_study
 from research.study.tables import write_tables
 from research.training import is_recorded, run_experiment, trained_model
 from svit_utils.files import read_rows
-from svit_utils.provenance import provenance
 from svit_utils.training import build_data
 
 BASELINE_CELL = "baselines"  # stands for a run's name where maps are scored that know no model
@@ -152,6 +152,5 @@ def score_one(study_name: str, part: str, name: str) -> tuple[dict[str, Any], Sc
         profile = run.profile
         about = {"kind": run.kind, "rho": profile.rho, "seed": profile.config.seed, "empty_rows": profile.empty_rows}
     # Seeds of the scores themselves are fixed in their functions; `seed` is the run's.
-    origin = {key: value for key, value in provenance().items() if key != "seed"}
-    cell = {"cell": f"{part}/{name}", **about, "part": part, "seconds": round(time.time() - started, 1), **origin}
+    cell = {"cell": f"{part}/{name}", **about, "part": part, "seconds": round(time.time() - started, 1), **origin()}
     return cell, scores

@@ -69,13 +69,13 @@ def warmed_up_in_words(sources: Sources) -> str:
 def within_margin(sources: Sources) -> Iterator[tuple[str, Row, int]]:
     """What the second study found not inferior at 450 steps with five seeds, from 60 % zeros on.
 
-    Yields the setting's name, its accuracy minus dense, and the zeros in percent.
+    Yields the setting, its accuracy minus dense, and the zeros in percent.
     """
     for row in sources.second("margins"):
         if (row["steps"], row["result"], row["seeds"]) == ("450", "not inferior", "5"):
             share = round(100 * second.zeros(sources, row["setting"], 450))
             if share >= 60:
-                yield SETTINGS[row["setting"]], row, share
+                yield row["setting"], row, share
 
 
 def _accurate(sources: Sources) -> str:
@@ -114,7 +114,7 @@ def _no_compromise(sources: Sources) -> str:
         tau = accuracy.nearest_to_seventy(sweep)
         found = sweep.of[tau]
         said.append(f"{name} {sentence(found.minus_dense, 100, 1)} at {float(found.row['cut_sparsity']):.0%} cut")
-    margins = [f"{name} {sentence(row, 100, 1)} at {share} % zeros" for name, row, share in within_margin(sources)]
+    margins = [f"{SETTINGS[s]} {sentence(row, 100, 1)} at {share} % zeros" for s, row, share in within_margin(sources)]
     return (
         f"About 70 % is what tau = {tau} cuts, which is 1/N; there one pair each: {', '.join(said)} (points). In the "
         f"second study, five seeds, these are less than a point below dense: {'; '.join(margins)}."

@@ -32,7 +32,7 @@ from svit_utils.explain import (
     grad_cam,
     layer_grad_cam,
 )
-from tests.explain.by_hand import TINY, calls, check_rollout, even, pictures, sharp, tiny
+from tests.explain.by_hand import TINY, Repeating, calls, check_rollout, even, pictures, sharp, tiny
 
 X = pictures()
 CLASS = even([0], 17)
@@ -180,16 +180,6 @@ def test_grad_cam_by_name_or_index_is_that_of_this_place(cam):
         torch.testing.assert_close(cam(model, x, [3, 1], layer=layer, relu=False), expected, atol=1e-9, rtol=0)
     with pytest.raises(ValueError, match=r"several places.*blocks\.0\.norm1, blocks\.2\.norm1"):
         cam(model, x, layer=model.blocks[0].norm1)
-
-
-class Repeating(VisionTransformer):
-    """One block in one place, called three times: "universal" and recurrent transformers."""
-
-    def forward_features(self, x, **_):
-        x = self._pos_embed(self.patch_embed(x))
-        for _i in range(3):
-            x = self.blocks[0](x)
-        return self.norm(x)
 
 
 @pytest.mark.parametrize("explain", EXPLAIN, ids=lambda f: f.__name__)

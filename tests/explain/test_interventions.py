@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svit_utils import sparsified, sparsify
 from svit_utils.attention import TokenSparsityTracker
 from svit_utils.explain import ablate_head, attention_gradients, attention_maps, cut_edge, explain, patch_activation
-from tests.explain.by_hand import TINY, pictures, sharp, tiny
+from tests.explain.by_hand import TINY, Repeating, pictures, sharp, tiny
 
 X = pictures().double()
 OTHER = (pictures(4)[2:] * 2).double()
@@ -251,14 +251,6 @@ def test_attention_inline_and_wrapped_and_compiled():
         with ablate_head(wrapped, 1, 0):
             torch.testing.assert_close(wrapped(X), expected)
         assert torch.equal(wrapped(X), clean)
-
-
-class Repeating(VisionTransformer):
-    def forward_features(self, x, **_):
-        x = self._pos_embed(self.patch_embed(x))
-        for _i in range(3):
-            x = self.blocks[0](x)
-        return self.norm(x)
 
 
 def test_what_cannot_be_meant_is_refused():

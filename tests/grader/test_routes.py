@@ -122,13 +122,14 @@ def test_what_a_plot_learns_stays_in_the_plot(graded_by: Grader, way: str) -> No
 
 # ------------------------------------------------------------------------------------------------ hidden cases
 
+WAITS = "while True: time.sleep(9)"
 FORGE = f"""{HEAD}{CHANNEL}
 def forge(message, data=b""):
     line = message[:-1] + (b', "bytes": %d}}' % len(data)) + b"\\n" + data
     for number in channels():
         while line:
             line = line[os.write(number, line):]
-    while True: time.sleep(9)
+    {WAITS}
 """
 SAID = {
     "ends": (
@@ -188,28 +189,29 @@ def attention_torch(q, k, v, tau, plain=attention_torch):
 FORGED = wire.encode({"weights": [[0.1] * 4] * 4, "scores": [[1.0] * 4] * 4}).encode()
 
 
-@pytest.mark.parametrize("rest", ["while True: pass", "while True: time.sleep(9)"], ids=["a loop", "sleep"])
+@pytest.fixture(params=["while True: pass", WAITS], ids=["a loop", "sleep"])
+def forge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What forges a reply and never returns; the process is given up on sooner."""
+    monkeypatch.setattr(sandbox, "BACK", 0.3)
+    return FORGE.replace(WAITS, str(request.param))
+
+
 def test_a_forged_answer_that_never_returns_costs_no_later_question(
     graded_by: Grader,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    rest: str,
+    forge: str,
 ) -> None:
     """The next question was once asked while the process was still inside this one, and paid for it."""
-    monkeypatch.setattr(sandbox, "BACK", 0.3)
     body = f"""def softmax(scores):\n    forge(b'{{"origin": []}}', {FORGED!r})"""
-    graded = graded_by(both(inserted(FORGE.replace("while True: time.sleep(9)", rest)), answers("a1", body)))
+    graded = graded_by(both(inserted(forge), answers("a1", body)))
     assert lost(graded) == {"a1 visible", "a1 hidden"}, [mark.message for mark in graded.marks]
     assert "it answered and did not come to an end" in message(graded, "a1", "visible")
 
 
-@pytest.mark.parametrize("rest", ["while True: pass", "while True: time.sleep(9)"], ids=["a loop", "sleep"])
 def test_a_cell_that_forges_its_end_costs_no_later_cell(
     graded_by: Grader,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    rest: str,
+    forge: str,
 ) -> None:
-    monkeypatch.setattr(sandbox, "BACK", 0.3)
-    graded = graded_by(inserted(FORGE.replace("while True: time.sleep(9)", rest) + "forge(b'{\"missing\": []}')", "a2"))
+    graded = graded_by(inserted(forge + "forge(b'{\"missing\": []}')", "a2"))
     assert lost(graded) == set()
     assert any("did not come to an end" in note for note in graded.notes)
 
